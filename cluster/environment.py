@@ -1,0 +1,130 @@
+"""The environment of workers: which devices they see, what is inherited, what is dropped, and what looks like a slip."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+
+from .inventory import Selection
+from .job import JobSpec
+
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "NODE_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Set for workers by us; values from an outer job would make workers wait for strangers."""
+
+_DROPPED = frozenset((*RANK_VARIABLES, "PYTHON_EXEC"))
+# torch.distributed.run takes the default of each of its flags from PET_<FLAG>, and the worker's Python from PYTHON_EXEC.
+_DROPPED_PREFIXES = ("TORCHELASTIC_", "PET_")
+
+_KNOWN = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "MODELSCOPE_CACHE",
+    "OMP_NUM_THREADS",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_IB_DISABLE",
+    "NCCL_P2P_DISABLE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "TOKENIZERS_PARALLELISM",
+)
+# Real names that resemble one above.
+_ALSO_REAL = frozenset(
+    (
+        "NVIDIA_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+        "ASCEND_VISIBLE_DEVICES",
+        "HF_HUB_HOME",
+        "HF_DATASETS_CACHE",
+        "MKL_NUM_THREADS",
+        "NCCL_P2P_LEVEL",
+        "NCCL_NET_DISABLE",
+        "NCCL_SHM_DISABLE",
+        "NCCL_NVLS_DISABLE",
+        "MODELSCOPE_CACHE_DIR",
+    )
+)
+
+
+def device_env(selection: Selection) -> dict[str, str]:
+    """The variables that make exactly the selected devices visible, and the thread count of each process."""
+    return {**visible_devices_env(selection.uuids), "OMP_NUM_THREADS": str(selection.threads_per_process)}
+
+
+def visible_devices_env(uuids: tuple[str, ...]) -> dict[str, str]:
+    """UUIDs rather than numbers: they mean the same inside a container and whatever the device order. Empty: CPU only."""
+    if not uuids:
+        return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(uuids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def job_env(job: JobSpec, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The whole environment of a job's first process.
+
+    Inherited, without rank variables of an outer job and without the entries of PYTHONPATH that depend on the current
+    folder (a user's folder may hold a `trainer.py`); then ours; then `job.env`. Pure.
+    """
+    env = {k: v for k, v in inherited.items() if k not in _DROPPED and not k.startswith(_DROPPED_PREFIXES)}
+    python_path = [p for p in env.pop("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
+    if python_path:
+        env["PYTHONPATH"] = os.pathsep.join(python_path)
+    env |= {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    env["PYTHONUTF8"] = "1"  # logs are UTF-8 under a GBK locale too
+    env |= visible_devices_env(job.devices)
+    env |= job.env
+    if job.num_processes == 1:
+        # Port 0 lets the operating system choose a free one, which a group of one can do.
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        env |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return env
+
+
+def environment_warnings(env: Mapping[str, str]) -> list[str]:
+    """Variables that are probably misspelt, that we drop, or that change how processes connect. One line each. Pure."""
+    warnings: list[str] = []
+    for name in sorted(env):
+        meant = _near_miss(name)
+        if meant:
+            warnings.append(f"{name} is set but nothing reads it; did you mean {meant}?")
+    outer = [name for name in RANK_VARIABLES if name in env]
+    if outer:
+        warnings.append(f"{', '.join(f'{n}={env[n]}' for n in outer)}: from an outer job; not passed on to our workers")
+    nccl = [name for name in sorted(env) if name.startswith("NCCL_")]
+    if nccl:
+        warnings.append(
+            f"{', '.join(f'{n}={env[n]}' for n in nccl)}: passed on to the workers; unset what is left over"
+        )
+    return warnings
+
+
+def _near_miss(name: str) -> str:
+    """The known variable that `name` is probably meant to be, or ""."""
+    if name in _KNOWN or name in _ALSO_REAL:
+        return ""
+    # In a short name one slip weighs more.
+    cutoff = 0.84 if len(name) < 10 else 0.9
+    close = difflib.get_close_matches(name.upper(), _KNOWN, n=1, cutoff=cutoff)
+    return close[0] if close else ""

@@ -1,0 +1,115 @@
+"""What a backend is asked to run, and what it answers. Standard library only."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class ClusterError(Exception):
+    """A machine, device or process problem that the user can fix (`exit_code` 2) or retry (75)."""
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = 2) -> None:
+        super().__init__(message, hint, exit_code)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class JobState(enum.Enum):
+    PENDING = "pending"
+    """Asked for, no process yet."""
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    """Ended because we asked for it (exit code 130)."""
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One stage of a run, as processes. Frozen: a retry is a new job."""
+
+    name: str
+    """Stage name: prepare, train, consolidate, merge, evaluate."""
+    entrypoint: str
+    """Module that is started with -m in every process, by name: "trainer.worker"."""
+    args: tuple[str, ...]
+    num_processes: int
+    devices: tuple[str, ...]
+    """Device UUIDs made visible to the job, one per process in rank order; empty on CPU."""
+    env: dict[str, str]
+    """Variables that we set for the job, on top of the inherited environment; shown in the plan."""
+    log_dir: str
+    """Absolute folder that receives rank_N.log, agent.log and failure_rank_N.json (see `Failure`)."""
+    cwd: str
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended. A failing worker writes these keys (and `traceback`, `time_ns`) as failure_rank_N.json."""
+
+    rank: int
+    """-1 when no rank could be blamed (the agent itself failed)."""
+    kind: str
+    """user | bug | retry | killed (by a signal; no file was written)."""
+    message: str
+    hint: str
+    traceback: str
+    exit_code: int
+    """2 user, 70 bug, 75 retry may help."""
+    log_file: str
+    """Absolute path of that rank's whole log."""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    state: JobState
+    exit_code: int | None
+    """0, 2, 70, 75 or 130 once terminal; the same codes for every backend."""
+    failure: Failure | None
+    """The first cause, once FAILED."""
+
+
+class JobHandle(Protocol):
+    """A started job. Which processes it is made of is the backend's own matter."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids that we created (the agent, or the single worker); empty when run in this process."""
+        ...
+
+
+class Backend(Protocol):
+    """A place to run jobs. One file, one row in the registry, and the shared contract test class."""
+
+    name: str
+
+    def command(self, job: JobSpec) -> tuple[str, ...]:
+        """The exact argv that `start` will use. Pure."""
+        ...
+
+    def start(self, job: JobSpec) -> JobHandle:
+        """Start the processes and return at once. Raises ClusterError when they cannot be started."""
+        ...
+
+    def poll(self, handle: JobHandle) -> JobStatus:
+        """Never blocks."""
+        ...
+
+    def stop(self, handle: JobHandle) -> None:
+        """Ask politely (SIGTERM to the process groups that we created). Returns at once."""
+        ...
+
+    def kill(self, handle: JobHandle, wait_s: float = 10.0) -> None:
+        """SIGKILL every process of the job; returns when none is left. Raises ClusterError after `wait_s`."""
+        ...

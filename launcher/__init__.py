@@ -1,0 +1,1 @@
+"""Start here: command line, recipe, plan, run folder, status. Decides; never computes tensors."""

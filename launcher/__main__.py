@@ -1,0 +1,5 @@
+"""`python -m launcher`: the same as the console script `launch`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,205 @@
+"""The command line: parse flags, call one function, print. No logic, and nothing heavy at module level.
+
+`launch X.yaml ...` means `launch run X.yaml ...`; that is decided here, before Typer sees the arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.job import ClusterError
+from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, TrainError
+
+from .cli_recipes import app as recipes_app
+from .cli_runs import app as runs_app
+from .errors import LaunchError
+
+app = typer.Typer(
+    help="One readable recipe, one command: from a base model to a fine-tuned, merged, verified chat model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(recipes_app, name="recipes", help="List, show, copy and check recipes.")
+app.add_typer(runs_app, name="runs", help="List, show, watch, stop and resume runs.")
+
+RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.", metavar="RECIPE")]
+Gpus = Annotated[
+    str | None,
+    typer.Option(help="Physical GPUs: 0,2 | 0-3 | GPU-... | MIG-... | all | free:2. Default: every free GPU."),
+]
+Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many processes.", min=1)]
+BackendOption = Annotated[str, typer.Option(help="Where processes run: torchrun | debug.")]
+Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
+RunDirOption = Annotated[Path | None, typer.Option(help="Run folder. Default: <run.dir>/<recipe>-<time>-<4 hex>.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.learning_rate=1e-4.")]
+Debug = Annotated[bool, typer.Option(help="All stages for 10 steps in this process, with the first batch shown.")]
+Target = Annotated[str, typer.Argument(help="Run id, the start of one, `last`, or a folder.", metavar="RUN_OR_PATH")]
+Out = Annotated[Path | None, typer.Option(help="Output folder; it must not exist.")]
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArg,
+    gpus: Gpus = None,
+    cpu: Cpu = None,
+    backend: BackendOption = "torchrun",
+    nodes: Nodes = 1,
+    run_dir: RunDirOption = None,
+    sets: Sets = None,
+    debug: Debug = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
+    resume: Annotated[str | None, typer.Option(help="Continue this run.", metavar="RUN")] = None,
+    detach: Annotated[bool, typer.Option(help="Go on in the background, also when the terminal closes.")] = False,
+) -> None:
+    """Train, consolidate, merge and evaluate. `launch RECIPE` is short for this."""
+    from . import start
+
+    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug)
+    if dry_run:
+        raise typer.Exit(start.show_plan(request, as_json=False))
+    if resume is not None:
+        raise typer.Exit(start.resume(resume, request, detached=detach))
+    raise typer.Exit(start.start(request, detached=detach))
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RecipeArg,
+    gpus: Gpus = None,
+    cpu: Cpu = None,
+    backend: BackendOption = "torchrun",
+    nodes: Nodes = 1,
+    run_dir: RunDirOption = None,
+    sets: Sets = None,
+    debug: Debug = False,
+    json: Annotated[bool, typer.Option("--json", help="Print plan.json in place of the page.")] = False,
+) -> None:
+    """Show everything that a run would do, without starting it."""
+    from . import start
+
+    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug)
+    raise typer.Exit(start.show_plan(request, as_json=json))
+
+
+@app.command("consolidate")
+def consolidate_command(
+    target: Target,
+    out: Out = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32. Default: the trained one.")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint step. Default: the newest verified one.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base model folder, for a full fine-tune given by path.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest file, such as 5GB.")] = None,
+) -> None:
+    """Sharded checkpoint -> PEFT adapter, or full HF model."""
+    from . import artefacts
+
+    options = {"dtype": dtype, "step": step, "base": base, "max-shard-size": max_shard_size}
+    raise typer.Exit(artefacts.consolidate(target, out, options))
+
+
+@app.command("merge")
+def merge_command(
+    target: Target,
+    out: Out = None,
+    base: Annotated[Path | None, typer.Option(help="Base model folder. Default: the run's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32. Default: the base's.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest file, such as 5GB.")] = None,
+) -> None:
+    """Base + adapter -> merged HF model, proved by comparing logits."""
+    from . import artefacts
+
+    options = {"base": base, "dtype": dtype, "max-shard-size": max_shard_size}
+    raise typer.Exit(artefacts.merge(target, out, options))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    target: Target,
+    strict: Annotated[bool, typer.Option(help="Exit with an error when an expectation is not met.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts (JSON), for a model given by path.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base model folder, for a model given by path.")] = None,
+    out: Out = None,
+) -> None:
+    """Ask base and tuned model the same questions and write the before/after report."""
+    from . import artefacts
+
+    raise typer.Exit(artefacts.evaluate(target, strict, prompts, base, out))
+
+
+@app.command("chat")
+def chat_command(
+    target: Target,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder on top of a model folder.")] = None,
+    template: Annotated[Path | None, typer.Option(help="Jinja chat template. Default: the run's own.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt. Default: the run's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)] = 0.0,
+) -> None:
+    """Talk to the tuned model. Commands inside: /reset /system /save /exit."""
+    from . import artefacts
+
+    raise typer.Exit(artefacts.chat(target, adapter, template, system, max_new_tokens, temperature))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Check this machine: versions, GPUs, name clashes, disk, environment variables."""
+    from . import doctor
+
+    checks = doctor.run_doctor()
+    typer.echo(doctor.render(checks))
+    raise typer.Exit(doctor.exit_code(checks))
+
+
+@app.command("_supervise", hidden=True)
+def supervise_command(run: Path, attempt: int, done: str = "") -> None:
+    """Run an attempt whose plan is written; `--detach` starts this in a session of its own."""
+    from . import start
+
+    raise typer.Exit(start.supervise_detached(run, attempt, done))
+
+
+def route(argv: list[str]) -> list[str]:
+    """`X.yaml ...` -> `run X.yaml ...`, wherever the file stands before another command could."""
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        return ["run", *argv]
+    return argv
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Console script. Exits with 0, 2 (the user can fix it), 70 (our bug), 75 (retry may help) or 130 (interrupted)."""
+    arguments = route(list(sys.argv[1:] if argv is None else argv))
+    try:
+        code: Any = app(args=arguments, prog_name="launch", standalone_mode=False)
+    except (LaunchError, ClusterError, TrainError) as e:
+        _print_error(str(e))
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as e:
+        sys.exit(_unexpected(e))
+    sys.exit(code if isinstance(code, int) else EXIT_OK)
+
+
+def _print_error(text: str) -> None:
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    label = "\033[31merror:\033[0m" if color else "error:"
+    print(f"{label} {text}", file=sys.stderr)
+
+
+def _unexpected(e: Exception) -> int:
+    # Typer vendors Click, whose usage errors carry their own text and exit code 2.
+    if hasattr(e, "format_message") and hasattr(e, "exit_code"):
+        e.show()  # type: ignore[attr-defined]  # a Click exception
+        return int(e.exit_code)  # type: ignore[attr-defined]
+    import traceback
+
+    traceback.print_exception(e)
+    print("This is a bug in tunelaunch; the lines above say where.", file=sys.stderr)
+    return EXIT_BUG

@@ -1,0 +1,101 @@
+"""`launch recipes ...`: look at the shipped recipes, copy one, check one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import LaunchError
+from .recipe_library import copy, find, list_recipes, shipped_names
+from .recipe_yaml import shown
+
+app = typer.Typer(no_args_is_help=True, help="Recipes: list, show, copy, check.", rich_markup_mode=None)
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")
+]
+
+
+def complete_name(incomplete: str) -> list[str]:
+    """Shell completion: shipped names that start as typed."""
+    return [name for name in shipped_names() if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="A shipped recipe, or a recipe file.", autocompletion=complete_name)
+]
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Part of a name, model, method or purpose.")] = "",
+) -> None:
+    """List the shipped recipes. Raises LaunchError when none fits PATTERN."""
+    rows = list_recipes(pattern)
+    if not rows:
+        raise LaunchError(f"no shipped recipe fits '{pattern}'", f"There are: {', '.join(shipped_names())}")
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        typer.echo(f"{row.name:<{width}}  {row.purpose}")
+        typer.echo(f"{'':<{width}}  {row.model}, {row.method}; {row.hardware}")
+
+
+@app.command()
+def show(
+    name: Name,
+    origin: Annotated[bool, typer.Option("--origin", help="Show where each value comes from.")] = False,
+    sets: SetOption = None,
+) -> None:
+    """Print a recipe as written; with --set, the merged values; with --origin, every value and what set it."""
+    path = find(name)
+    if not origin and not sets:
+        typer.echo(path.read_text(encoding="utf-8-sig"), nl=False)
+        return
+    from .recipe import dump_recipe, load_recipe
+    from .recipe_docs import origin_rows
+
+    loaded = load_recipe(path, sets or ())
+    if not origin:
+        typer.echo(dump_recipe(loaded), nl=False)
+        return
+    rows = origin_rows(loaded)
+    widths = [min(max(len(row[i]) for row in rows), 60) for i in (0, 1)]
+    for key, value, source in rows:
+        typer.echo(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {source}")
+    for note in loaded.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command("copy")
+def copy_command(
+    name: Name,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A new file, or a folder.")],
+) -> None:
+    """Copy a recipe, with the data files that it names, to a place where you can change it."""
+    written = copy(name, dest)
+    for path in written:
+        typer.echo(f"wrote {shown(path)}")
+    typer.echo(f"run it: launch {shown(written[0])}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from .recipe_docs import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+@app.command()
+def check(file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe.")], sets: SetOption = None) -> None:
+    """Check a recipe and the files that it names, without a device. Raises RecipeError with every mistake."""
+    from .recipe import load_recipe
+
+    loaded = load_recipe(Path(file), sets or ())
+    recipe = loaded.recipe
+    for note in loaded.notes:
+        typer.echo(f"note: {note}")
+    files = ", ".join(shown(Path(f.path)) for f in recipe.data.files)
+    typer.echo(f"ok: {shown(loaded.files[0])}: {recipe.method.name} on {recipe.model.source}, data {files}")

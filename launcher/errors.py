@@ -1,0 +1,52 @@
+"""Errors that a user can act on: what is wrong, where, what is allowed, what to do. Shown without a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class LaunchError(Exception):
+    """Base of every user-facing error of the launcher. `exit_code` is 2 unless retrying may help (75)."""
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = 2) -> None:
+        super().__init__(message, hint, exit_code)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One mistake in a recipe or plan, ready to be printed on two or three lines."""
+
+    where: str
+    """"recipes/q.yaml:14:3", "--set train.epochs=x" or "--gpus 0,0"."""
+    message: str
+    hint: str = ""
+
+
+class RecipeError(LaunchError):
+    """All mistakes of a recipe at once."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = sorted(set(problems))
+        lines = []
+        for p in self.problems:
+            lines.append(f"{p.where}: {p.message}")
+            lines.extend(f"    {line}" for line in p.hint.splitlines())
+        super().__init__("\n".join(lines))
+
+
+class PlanError(LaunchError):
+    """The recipe is well-formed but cannot run on these devices; lists every conflict."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        lines = []
+        for p in problems:
+            lines.append(f"{p.where}: {p.message}")
+            lines.extend(f"    {line}" for line in p.hint.splitlines())
+        super().__init__("\n".join(lines))

@@ -1,0 +1,123 @@
+"""Watching, reading and stopping a run from outside: only through its folder and its supervisor's signals."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+from cluster.job import JobSpec, JobState, JobStatus
+from cluster.logs import tail
+from cluster.processes import is_alive, signal_process
+from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
+
+from .errors import LaunchError
+from .progress import Progress
+from .run_dir import RunDir, read_json
+from .status import RUNNING, SUCCEEDED, Status, read_status
+from .supervise import failure_text, job_from_dict
+
+POLL_S = 0.2
+
+
+def watch(run: RunDir) -> int:
+    """Draw the live line until the run ends. Returns its exit code; Ctrl-C returns 130 and leaves it running."""
+    progress = Progress(run, sys.stdout)
+    jobs = {j["name"]: job_from_dict(j) for j in read_json(run.plan)["jobs"]}
+    current: JobSpec | None = None
+    try:
+        while True:
+            status = read_status(run)
+            if current is not None and (status.stage != current.name or status.state != RUNNING):
+                progress.stage_ended(current, _job_status(status, current.name), status.seconds.get(current.name, 0.0))
+                current = None
+            if status.state != RUNNING:
+                print_end(run, _exit_code(status))
+                return _exit_code(status)
+            if current is None and status.stage:
+                current = jobs[status.stage]
+                progress.stage_started(current)
+            if current is not None:
+                progress.tick(current)
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print(f"\n{run.run_id} goes on; stop it: launch runs stop {run.root}")
+        return EXIT_INTERRUPTED
+
+
+def _job_status(status: Status, stage: str) -> JobStatus:
+    states = {"done": JobState.SUCCEEDED, "stopped": JobState.STOPPED}
+    return JobStatus(states.get(status.stages[stage], JobState.FAILED), status.exit_code, None)
+
+
+def _exit_code(status: Status) -> int:
+    return EXIT_BUG if status.exit_code is None else status.exit_code
+
+
+def print_end(run: RunDir, code: int) -> None:
+    """What came out: the before/after table and the folders, or the first cause and how to go on."""
+    status = read_status(run)
+    if code == EXIT_OK and status.state == SUCCEEDED:
+        evaluate_log = run.logs(status.attempt, "evaluate") / "rank_0.log"
+        table = run.report / "table.txt"
+        if table.is_file():
+            print("\n" + table.read_text(encoding="utf-8").rstrip())
+        elif evaluate_log.is_file():
+            print("\n" + tail(evaluate_log, 40))
+        print(f"\nmodel    {run.merged}\nreport   {run.report / 'report.html'}\nchat     launch chat {run.root}")
+        return
+    print(f"\n{status.stage} {status.state}", file=sys.stderr)
+    if status.failure:
+        print(failure_text(status.failure), file=sys.stderr)
+    if any(run.checkpoints.glob("step_*/manifest.json")):
+        print(f"continue: launch runs resume {run.root}", file=sys.stderr)
+
+
+def print_logs(run: RunDir, stage: str | None, rank: int | None, lines: int, follow: bool) -> None:
+    """Print the end of the ranks' logs of one stage, and with `follow` what is added until the run ends."""
+    status = read_status(run)
+    folder = run.logs(status.attempt, stage or status.stage)
+    logs = sorted(folder.glob("*.log"))
+    if rank is not None:
+        logs = [p for p in logs if p.name == f"rank_{rank}.log"]
+    if not logs:
+        names = ", ".join(p.name for p in sorted(run.root.glob(f"logs/attempt_{status.attempt}/*")))
+        raise LaunchError(f"no log in {folder}", f"Stages with logs: {names or 'none'}")
+    for path in logs:
+        print(f"== {path}")
+        print(tail(path, lines))
+    offsets = {path: path.stat().st_size for path in logs}
+    while follow:
+        for path, at in offsets.items():
+            with open(path, "rb") as f:
+                f.seek(at)
+                data = f.read()
+            offsets[path] = at + len(data)
+            if data:
+                sys.stdout.write(data.decode("utf-8", errors="replace"))
+                sys.stdout.flush()
+        if read_status(run).state != RUNNING:
+            return
+        time.sleep(POLL_S)
+
+
+def stop(run: RunDir, now: bool, wait_s: float) -> None:
+    """Ask the supervisor to stop (with a checkpoint) or to kill. Raises LaunchError when it has not ended in `wait_s`."""
+    status = read_status(run)
+    if status.state != RUNNING:
+        raise LaunchError(f"{run.run_id} is not running ({status.state})")
+    signal_process(status.supervisor, signal.SIGINT)
+    if now:
+        time.sleep(POLL_S)
+        signal_process(status.supervisor, signal.SIGINT)
+    print(f"stopping {run.run_id} ...", flush=True)
+    deadline = time.monotonic() + wait_s
+    while is_alive(status.supervisor):
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"{run.run_id} has not stopped after {wait_s:g} s",
+                f"Kill it: launch runs stop {run.root} --now\nOr wait longer: --wait-s",
+                exit_code=75,
+            )
+        time.sleep(POLL_S)
+    print(f"{run.run_id} {read_status(run).state}")

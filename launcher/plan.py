@@ -1,0 +1,245 @@
+"""recipe + devices -> plan. Pure: the same inputs give the same plan, and nothing is left to decide later.
+
+Every derived number is kept with its reason. Nothing here reads a clock, a GPU or the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.inventory import Selection
+from cluster.job import JobSpec
+from trainer.ds_config import deepspeed_config
+from trainer.spec import (
+    SPEC_VERSION,
+    CheckpointSpec,
+    DataFile,
+    DataSpec,
+    EvaluateSpec,
+    MethodSpec,
+    ModelSpec,
+    OptimSpec,
+    ParallelSpec,
+    PromptSpec,
+    TrainSpec,
+)
+
+from .errors import PlanError, Problem
+from .layout import Layout, decide_layout
+from .memory import MemoryEstimate
+from .model_facts import ModelFacts
+from .model_source import SourceRef
+from .plan_memory import estimate_plan, memory_warnings
+from .recipe import LoadedRecipe
+from .recipe_schema import Recipe
+from .run_dir import RunDir
+from .stages import jobs_of
+
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+DEBUG_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the recipe: facts of this machine and this start."""
+
+    backend: str
+    debug: bool
+    cache_dir: Path
+    host_memory_gb: float
+    """Memory of this host, in 2**30 bytes; 0 where it is unknown."""
+    command: str
+    """The command as typed, for the report."""
+    warnings: tuple[str, ...]
+    """What is odd about this machine's environment."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A decided value and why: `global batch = 64 = micro 2 x accumulate 16 x data-parallel 2`."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided, before anything starts. plan.json is its JSON; workers read `spec` from there."""
+
+    spec: TrainSpec
+    backend: str
+    jobs: tuple[JobSpec, ...]
+    devices: tuple[dict[str, Any], ...]
+    reasons: tuple[Reason, ...]
+    warnings: tuple[str, ...]
+    refusals: tuple[Problem, ...]
+    """Why this plan may be looked at but not started."""
+    memory: MemoryEstimate | None
+    recipe_files: tuple[str, ...]
+    command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "digest": self.spec.digest()}
+
+
+def plan_run(
+    loaded: LoadedRecipe,
+    selection: Selection,
+    source: SourceRef,
+    facts: ModelFacts | None,
+    run: RunDir,
+    options: Options,
+) -> Plan:
+    """Decide everything. `facts` is None when the model's sizes are not known here. Raises PlanError with every conflict."""
+    recipe = loaded.recipe
+    layout = decide_layout(recipe, selection, facts)
+    if layout.problems:
+        raise PlanError(_located(loaded, layout.problems))
+    spec = _spec(loaded, selection, source, layout, run, options)
+    spec = dataclasses.replace(spec, deepspeed=deepspeed_config(spec.model, spec.optim, spec.parallel))
+    memory = estimate_plan(spec, facts)
+    warnings = [
+        *options.warnings,
+        *selection.warnings,
+        *memory_warnings(spec, memory, selection, facts, options.host_memory_gb),
+    ]
+    reasons = [
+        Reason("model", _model_line(source, facts, recipe)),
+        *(Reason(name, text) for name, text in layout.reasons),
+        *_step_reasons(spec),
+    ]
+    return Plan(
+        spec=spec,
+        backend=options.backend,
+        jobs=jobs_of(spec, selection, run, attempt=1),
+        devices=tuple(dataclasses.asdict(d) for d in selection.devices),
+        reasons=tuple(reasons),
+        warnings=tuple(warnings),
+        refusals=tuple(_located(loaded, layout.refusals)),
+        memory=memory,
+        recipe_files=tuple(str(f) for f in loaded.files),
+        command=options.command,
+    )
+
+
+def _located(loaded: LoadedRecipe, problems: tuple[Problem, ...]) -> list[Problem]:
+    """Put file:line in front of the recipe key that each conflict names; a default has none."""
+    located = []
+    for p in problems:
+        origin = loaded.origins.get(p.where)
+        located.append(dataclasses.replace(p, where=f"{origin}: {p.where}" if origin else p.where))
+    return located
+
+
+def _spec(
+    loaded: LoadedRecipe, selection: Selection, source: SourceRef, layout: Layout, run: RunDir, options: Options
+) -> TrainSpec:
+    recipe = loaded.recipe
+    return TrainSpec(
+        version=SPEC_VERSION,
+        run_id=run.run_id,
+        recipe_name=recipe.run.name or loaded.files[0].stem,
+        package_root=str(PACKAGE_ROOT),
+        model=ModelSpec(
+            source=recipe.model.source,
+            kind=source.kind,
+            location=source.location,
+            revision=recipe.model.revision,
+            dtype=recipe.model.dtype,
+            trust_remote_code=recipe.model.trust_remote_code,
+            cache_dir=str(options.cache_dir),
+        ),
+        method=_method(recipe),
+        data=DataSpec(
+            files=tuple(DataFile(f.path, f.format) for f in recipe.data.files),
+            system=recipe.data.system,
+            template=recipe.data.template,
+            max_length=recipe.data.max_length,
+            packing=recipe.data.packing,
+            too_long=recipe.data.too_long,
+            max_rows=recipe.data.max_rows,
+            cache_dir=str(options.cache_dir),
+        ),
+        optim=_optim(recipe, layout, selection.kind, options.debug),
+        parallel=ParallelSpec(
+            device=selection.kind,
+            world_size=layout.world_size,
+            dp=layout.dp,
+            sp=layout.sp,
+            zero_stage=layout.zero_stage,
+            offload=recipe.parallel.offload,
+            threads_per_process=selection.threads_per_process,
+            timeout_s=recipe.run.timeout_s,
+        ),
+        checkpoint=CheckpointSpec(every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep),
+        evaluate=_evaluate(recipe),
+        paths=run.paths(),
+        deepspeed={},
+        debug=options.debug,
+    )
+
+
+def _method(recipe: Recipe) -> MethodSpec:
+    method = recipe.method
+    if method.name == "full":
+        return MethodSpec("full", rank=0, alpha=0.0, dropout=0.0, targets=(), double_quant=False)
+    targets = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
+    alpha = method.alpha if method.alpha is not None else 2.0 * method.rank
+    double_quant = method.double_quant and method.name == "qlora"
+    return MethodSpec(method.name, method.rank, alpha, method.dropout, targets, double_quant)
+
+
+def _optim(recipe: Recipe, layout: Layout, device: str, debug: bool) -> OptimSpec:
+    train = recipe.train
+    checkpointing = train.gradient_checkpointing
+    max_steps = train.max_steps or 0
+    return OptimSpec(
+        epochs=train.epochs or (0.0 if max_steps else 3.0),
+        max_steps=DEBUG_STEPS if debug else max_steps,
+        micro_batch=train.micro_batch,
+        accumulate=layout.accumulate,
+        learning_rate=train.learning_rate,
+        schedule=train.schedule,
+        warmup_ratio=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        betas=(train.betas[0], train.betas[1]),
+        eps=1e-8,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        gradient_checkpointing=device == "cuda" if checkpointing == "auto" else checkpointing,
+    )
+
+
+def _evaluate(recipe: Recipe) -> EvaluateSpec:
+    evaluate = recipe.evaluate
+    return EvaluateSpec(
+        prompts=tuple(
+            PromptSpec(p.user, p.system, tuple(p.contains), p.regex or "", p.language or "") for p in evaluate.prompts
+        ),
+        max_new_tokens=evaluate.max_new_tokens,
+        samples_every_steps=evaluate.samples_every_steps,
+        num_samples=evaluate.num_samples,
+        strict=evaluate.strict,
+    )
+
+
+def _model_line(source: SourceRef, facts: ModelFacts | None, recipe: Recipe) -> str:
+    if facts is None:
+        return f"{source.display}: sizes unknown until it is downloaded, so there is no memory estimate"
+    return (
+        f"{source.display}: {facts.num_parameters / 1e9:.2f} B parameters, {facts.num_layers} layers, "
+        f"{facts.num_heads} heads ({facts.num_kv_heads} kv), {recipe.model.dtype} (from {facts.known_from})"
+    )
+
+
+def _step_reasons(spec: TrainSpec) -> list[Reason]:
+    optim = spec.optim
+    if optim.max_steps:
+        steps = f"{optim.max_steps}" + (" (debug)" if spec.debug else " (train.max_steps)")
+    else:
+        steps = f"ceil({optim.epochs:g} epochs x packed rows / global batch); `prepare` counts the rows"
+    checkpointing = "recomputed in the backward pass" if optim.gradient_checkpointing else "kept"
+    return [Reason("steps", steps), Reason("activations", checkpointing)]

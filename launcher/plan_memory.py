@@ -1,0 +1,36 @@
+"""What the plan says about memory and disk: the estimate, and a warning with the smallest change that fits. Pure."""
+
+from __future__ import annotations
+
+from cluster.inventory import Selection
+from trainer.spec import TrainSpec
+
+from .memory import MemoryEstimate, estimate, inputs_of, smallest_change
+from .model_facts import ModelFacts
+
+TRAINABLE_ZERO_STAGE = 2
+
+
+def estimate_plan(spec: TrainSpec, facts: ModelFacts | None) -> MemoryEstimate | None:
+    """None when the model's sizes are unknown. Raises LaunchError for LoRA targets that match no layer."""
+    return None if facts is None else estimate(inputs_of(spec, facts))
+
+
+def memory_warnings(
+    spec: TrainSpec, memory: MemoryEstimate | None, selection: Selection, facts: ModelFacts | None, host_gb: float
+) -> list[str]:
+    """A line for each device, or for the host, that has less than the estimate."""
+    if memory is None or facts is None:
+        return []
+    needs = memory.total_gb
+    if selection.kind == "cpu":
+        tight = [("this host", host_gb / selection.num_processes)] if host_gb else []
+    else:
+        tight = [(f"device {d.index}", d.memory_free_gb) for d in selection.devices if d.memory_free_gb]
+    warnings = []
+    for name, has in tight:
+        if needs > has:
+            change = smallest_change(inputs_of(spec, facts), has, TRAINABLE_ZERO_STAGE)
+            advice = f"; {change.key}: {change.value} would need {change.total_gb:.1f} GB" if change else ""
+            warnings.append(f"about {needs:.1f} GB are needed per process, {name} has {has:.1f} GB for it{advice}")
+    return warnings

@@ -1,0 +1,117 @@
+"""The live line of a run. It reads the run folder and nothing else, so `launch runs watch` shows the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from cluster.job import JobSpec, JobState, JobStatus
+
+from .run_dir import RunDir
+
+REDRAW_S = 0.2
+PLAIN_LINE_S = 15.0
+
+
+class Follower:
+    """Reads what was appended to a JSON-lines file since the last call; a cut last line is kept for later."""
+
+    def __init__(self, path: Path, from_end: bool = False) -> None:
+        self.path = path
+        self.at = path.stat().st_size if from_end and path.is_file() else 0
+        self.rest = b""
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with open(self.path, "rb") as f:
+            f.seek(self.at)
+            data = self.rest + f.read()
+            self.at = f.tell()
+        *lines, self.rest = data.split(b"\n")
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+class Progress:
+    """A Watcher that draws one live line on a terminal, or a plain line now and then into a pipe."""
+
+    def __init__(self, run: RunDir, out: TextIO) -> None:
+        self.out = out
+        self.live = out.isatty()
+        self.metrics = Follower(run.metrics, from_end=True)
+        self.last: dict[str, Any] | None = None
+        self.began = self.drawn = 0.0
+        self.seconds_per_step: list[float] = []
+
+    def stage_started(self, job: JobSpec) -> None:
+        self.began = self.drawn = time.monotonic()
+        self.last = None
+        if not self.live:
+            self._line(f"{job.name} ...")
+
+    def tick(self, job: JobSpec) -> None:
+        now = time.monotonic()
+        if now - self.drawn < (REDRAW_S if self.live else PLAIN_LINE_S):
+            return
+        self.drawn = now
+        text = f"{job.name}  {clock(now - self.began)}  {self._training()}"
+        if self.live:
+            width = shutil.get_terminal_size().columns
+            self.out.write("\r\033[K" + text[: width - 1])
+            self.out.flush()
+        else:
+            self._line(text)
+
+    def stage_ended(self, job: JobSpec, status: JobStatus, seconds: float) -> None:
+        self._read()
+        if self.live:
+            self.out.write("\r\033[K")
+        mark = {JobState.SUCCEEDED: "done", JobState.STOPPED: "stopped"}.get(status.state, "FAILED")
+        self._line(
+            f"{job.name:<12} {mark:<8} {seconds:6.1f} s  {self._summary() if job.name == 'train' else ''}".rstrip()
+        )
+
+    def note(self, text: str) -> None:
+        self._line(("\r\033[K" if self.live else "") + text)
+
+    def _line(self, text: str) -> None:
+        self.out.write(text + "\n")
+        self.out.flush()
+
+    def _read(self) -> None:
+        for row in self.metrics.rows():
+            self.last = row
+            self.seconds_per_step = [*self.seconds_per_step[-19:], row["seconds"]]
+
+    def _training(self) -> str:
+        self._read()
+        row = self.last
+        if row is None:
+            return ""
+        left = (row["total_steps"] - row["step"]) * sum(self.seconds_per_step) / len(self.seconds_per_step)
+        return (
+            f"step {row['step']}/{row['total_steps']}  loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
+            f"ETA {clock(left)}  {row['memory_gb']:.1f} GB"
+        )
+
+    def _summary(self) -> str:
+        row = self.last
+        if row is None:
+            return ""
+        return f"{row['step']} steps, loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s, {row['memory_gb']:.1f} GB"
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3675 -> 1:01:15."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def terminal(run: RunDir) -> Progress:
+    """The progress of `run` on standard output."""
+    return Progress(run, sys.stdout)

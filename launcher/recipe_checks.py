@@ -1,0 +1,136 @@
+"""Settings that are fine one by one and contradict each other. Each message names the places of both."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .recipe_fields import fields, readable
+from .recipe_layers import METHOD_KEYS_WITHOUT_USE, Findings, get
+from .recipe_yaml import Node
+
+
+def check_contradictions(tree: Node, found: Findings) -> None:
+    """Adds a problem for each contradiction among values that are valid by themselves."""
+    for check in (_check_length, _check_batch, _check_method, _check_offload, _check_revision, _check_betas):
+        check(tree, found)
+    _check_prompts(tree, found)
+    _check_samples(tree, found)
+
+
+def _given(tree: Node, path: str, found: Findings) -> Node | None:
+    """The node, when it was written and is valid by itself."""
+    return None if found.is_bad(path) else get(tree, path)
+
+
+def _value(tree: Node, path: str, found: Findings) -> Any:
+    """The value as written, else its default; None when it is invalid."""
+    if found.is_bad(path):
+        return None
+    node = get(tree, path)
+    return fields()[path].default if node is None else node.value
+
+
+def _check_length(tree: Node, found: Findings) -> None:
+    epochs, steps = _given(tree, "train.epochs", found), _given(tree, "train.max_steps", found)
+    if epochs and steps:
+        message = f"train.max_steps contradicts train.epochs ({epochs.key_at}): only one can end the training"
+        found.add(steps.key_at, message, "Remove one of the two.")
+
+
+def _check_batch(tree: Node, found: Findings) -> None:
+    total = _given(tree, "train.global_batch", found)
+    micro, accumulate = (_value(tree, f"train.{k}", found) for k in ("micro_batch", "accumulate"))
+    if not total or micro is None:
+        return
+    step = micro * (accumulate or 1)
+    if total.value % step == 0:
+        return
+    parts, places = f"micro_batch {micro}", []
+    if accumulate:
+        parts += f" x accumulate {accumulate}"
+    for key in ("micro_batch", "accumulate"):
+        node = get(tree, f"train.{key}")
+        if node:
+            places.append(str(node.key_at))
+    where = f" ({', '.join(places)})" if places else ""
+    message = f"train.global_batch {total.value} cannot be made of {parts}{where}: {total.value} / {step} is not whole"
+    lower = total.value // step * step
+    near = f"{lower} or {lower + step}" if lower else str(step)
+    hint = f"Write global_batch: {near}" + (", or leave accumulate out: it is derived." if accumulate else "")
+    found.add(total.at, message, hint)
+
+
+def _check_method(tree: Node, found: Findings) -> None:
+    name = _given(tree, "method.name", found)
+    for key in METHOD_KEYS_WITHOUT_USE.get(str(name.value), ()) if name else ():
+        node = get(tree, f"method.{key}")
+        if name and node:
+            use = "qlora" if key == "double_quant" else "lora and qlora"
+            message = f"method.{key} has no meaning for {name.value} ({name.at}); it belongs to {use}"
+            found.add(node.key_at, message, "Remove the line, or change the method.")
+
+
+def _check_offload(tree: Node, found: Findings) -> None:
+    offload = _given(tree, "parallel.offload", found)
+    zero = _value(tree, "parallel.zero", found)
+    if not offload or zero is None:
+        return
+    zero_node = get(tree, "parallel.zero")
+    at = f" ({zero_node.at})" if zero_node else " (the default)"
+    if offload.value == "parameters" and zero != 3:
+        message = f"parallel.offload parameters needs ZeRO stage 3; parallel.zero is {zero}{at}"
+        found.add(offload.at, message, "Write zero: 3, or offload: optimizer.")
+    elif offload.value == "optimizer" and zero == 0:
+        message = f"parallel.offload optimizer needs ZeRO stage 1, 2 or 3; parallel.zero is 0{at}"
+        found.add(offload.at, message, "Write zero: 2, or offload: none.")
+
+
+def _check_revision(tree: Node, found: Findings) -> None:
+    revision, source = _given(tree, "model.revision", found), _given(tree, "model.source", found)
+    if not (revision and source):
+        return
+    text = str(source.value)
+    if text.startswith("/") or ":" in text:
+        message = f"model.revision is for models of the Hub; {source.text} ({source.at}) is none"
+        found.add(revision.key_at, message, "Remove the line.")
+
+
+def _check_betas(tree: Node, found: Findings) -> None:
+    betas = _given(tree, "train.betas", found)
+    for i, beta in enumerate(betas.value if betas else ()):
+        if not 0 <= beta.value < 1:
+            message = f"{readable(f'train.betas.{i}')}: {beta.text}; expected a number, 0 or more and less than 1"
+            found.add(beta.at, message, "Usual values: [0.9, 0.999]")
+
+
+def _check_prompts(tree: Node, found: Findings) -> None:
+    strict, prompts = _given(tree, "evaluate.strict", found), _given(tree, "evaluate.prompts", found)
+    items = prompts.value if prompts else []
+    expects = False
+    for i, prompt in enumerate(items):
+        if not isinstance(prompt.value, dict):
+            return
+        expects = expects or any(prompt.value.get(k) for k in ("contains", "regex", "language"))
+        regex = _given(tree, f"evaluate.prompts.{i}.regex", found)
+        if regex:
+            try:
+                re.compile(regex.value)
+            except re.error as e:
+                message = f"{readable(f'evaluate.prompts.{i}.regex')}: not a regular expression: {e}"
+                found.add(regex.at, message, "Put it in 'single quotes', and a backslash before a literal ( [ + * ? .")
+    if strict and strict.value and not expects:
+        where = f" ({prompts.key_at})" if prompts else ""
+        message = f"evaluate.strict has nothing to check: no prompt{where} says what its answer must be"
+        found.add(strict.key_at, message, "Give a prompt `contains: [...]`, `regex:` or `language:`; or remove strict.")
+
+
+def _check_samples(tree: Node, found: Findings) -> None:
+    every, count = (_given(tree, f"evaluate.{k}", found) for k in ("samples_every_steps", "num_samples"))
+    prompts = get(tree, "evaluate.prompts")
+    if every and every.value and not (prompts and prompts.value):
+        hint = 'Add questions: prompts: ["Who are you?"]'
+        found.add(every.key_at, "evaluate.samples_every_steps has no evaluate.prompts to ask", hint)
+    if count and not (every and every.value) and not found.is_bad("evaluate.samples_every_steps"):
+        message = "evaluate.num_samples has no effect: evaluate.samples_every_steps is 0"
+        found.add(count.key_at, message, "Add samples_every_steps: 50, or remove the line.")

@@ -1,0 +1,107 @@
+"""Formats plans and runs for people. Decides nothing."""
+
+from __future__ import annotations
+
+import shlex
+import time
+
+from .memory import MemoryEstimate
+from .plan import Plan
+from .progress import clock
+from .run_dir import RunDir
+from .status import Status
+
+
+def plan_page(plan: Plan) -> str:
+    """Everything that will happen, in the order in which a person asks: where, what, how much, exactly which commands."""
+    spec = plan.spec
+    lines = [f"plan {spec.digest()}  {spec.recipe_name}  ({spec.method.name}, {plan.backend})", ""]
+    lines += _rows("run folder", [spec.paths.run_dir])
+    lines += _rows("devices", _devices(plan))
+    for reason in plan.reasons:
+        lines += _rows(reason.name, [reason.text])
+    lines += _rows("data", [f"{f.path} ({f.format})" for f in spec.data.files])
+    lines += _rows("rows", [_data_line(plan)])
+    if plan.memory is not None:
+        lines += _rows("memory", _memory(plan.memory))
+    lines += _rows("checkpoints", [_checkpoint_line(plan)])
+    lines += _rows("stages", [" -> ".join(job.name for job in plan.jobs)])
+    lines += _rows("deepspeed", [_compact(spec.deepspeed)])
+    train = next(job for job in plan.jobs if job.name == "train")
+    lines += [
+        "",
+        "command of the training stage",
+        "  " + shlex.join(_command(plan, "train")),
+        "environment that is set",
+    ]
+    lines += [f"  {key}={shlex.quote(value)}" for key, value in sorted(train.env.items())]
+    lines += [f"warning: {text}" for text in plan.warnings]
+    for refusal in plan.refusals:
+        lines += [f"cannot be started: {refusal.where}: {refusal.message}", f"    {refusal.hint}"]
+    return "\n".join(lines)
+
+
+def _rows(label: str, values: list[str]) -> list[str]:
+    return [f"{label if i == 0 else '':<13} {value}" for i, value in enumerate(values)]
+
+
+def _devices(plan: Plan) -> list[str]:
+    parallel = plan.spec.parallel
+    if not plan.devices:
+        return [f"cpu: {parallel.world_size} process(es) x {parallel.threads_per_process} thread(s)"]
+    return [
+        f"{d['index']}: {d['name']}  {d['memory_free_gb']:.1f} of {d['memory_total_gb']:.1f} GB free  {d['uuid']}"
+        for d in plan.devices
+    ]
+
+
+def _data_line(plan: Plan) -> str:
+    data = plan.spec.data
+    packing = "packed, documents kept apart" if data.packing else "one document a row, no padding computed"
+    template = "the model's own chat template" if data.template == "model" else data.template
+    return f"up to {data.max_length} tokens, {packing}; longer ones: {data.too_long}; {template}"
+
+
+def _memory(memory: MemoryEstimate) -> list[str]:
+    return [
+        f"{memory.total_gb:.1f} GB per device (estimate)",
+        *(f"  {term.name} {term.gb:.2f} GB = {term.arithmetic}" for term in memory.terms),
+    ]
+
+
+def _checkpoint_line(plan: Plan) -> str:
+    checkpoint = plan.spec.checkpoint
+    when = f"every {checkpoint.every_steps} steps and at the end" if checkpoint.every_steps else "at the end"
+    size = f", {plan.memory.checkpoint_gb:.2f} GB each" if plan.memory is not None else ""
+    return f"{when}, the newest {checkpoint.keep} are kept{size}"
+
+
+def _compact(config: dict[str, object]) -> str:
+    import json
+
+    return json.dumps(config, separators=(", ", ": "))
+
+
+def _command(plan: Plan, stage: str) -> tuple[str, ...]:
+    from cluster.registry import load
+
+    job = next(job for job in plan.jobs if job.name == stage)
+    return load(plan.backend).command(job)
+
+
+def run_line(run: RunDir, status: Status) -> str:
+    """One row of `launch runs`."""
+    when = time.strftime("%m-%d %H:%M", time.localtime(status.started))
+    return f"{run.run_id:<48} {status.state:<10} {status.stage:<12} attempt {status.attempt}  {when}"
+
+
+def run_page(run: RunDir, status: Status) -> str:
+    """`launch runs show`: the state of each stage, the first cause of a failure, and where things are."""
+    lines = [f"{run.run_id}  {status.state}  attempt {status.attempt}", f"folder        {run.root}"]
+    for stage, state in status.stages.items():
+        seconds = status.seconds.get(stage)
+        lines.append(f"{stage:<13} {state}" + (f"  {clock(seconds)}" if seconds is not None else ""))
+    for label, path in (("adapter", run.adapter), ("merged", run.merged), ("report", run.report / "report.html")):
+        if path.exists():
+            lines.append(f"{label:<13} {path}")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""The run folder: the API between stages. One property per path; nobody else joins them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.spec import PathsSpec
+
+from .errors import LaunchError
+
+
+def new_run_id(name: str, now: time.struct_time | None = None) -> str:
+    """`<name>-<yyyymmdd-hhmmss>-<4 hex>`. Minted once per run, by the launcher."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", now or time.localtime())
+    return f"{name}-{stamp}-{secrets.token_hex(2)}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder. `root` is absolute."""
+
+    root: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.root.name
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def env(self) -> Path:
+        return self.root / "env.json"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepared.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def stop_request(self) -> Path:
+        return self.root / "stop_requested"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.root / "supervisor.log"
+
+    def logs(self, attempt: int, stage: str) -> Path:
+        return self.root / "logs" / f"attempt_{attempt}" / stage
+
+    def create(self) -> None:
+        """Raises LaunchError when it exists or cannot be made."""
+        try:
+            self.root.mkdir(parents=True)
+        except FileExistsError:
+            raise LaunchError(f"{self.root} exists", "Give another --run-dir, or continue it with --resume.") from None
+        except OSError as e:
+            raise LaunchError(
+                f"cannot create the run folder {self.root}: {e.strerror}", "Give another --run-dir."
+            ) from None
+
+    def paths(self) -> PathsSpec:
+        return PathsSpec(
+            run_dir=str(self.root),
+            prepared=str(self.prepared),
+            metrics=str(self.metrics),
+            events=str(self.events),
+            samples=str(self.samples),
+            checkpoints_dir=str(self.checkpoints),
+            adapter_dir=str(self.adapter),
+            merged_dir=str(self.merged),
+            report_dir=str(self.report),
+            stop_request=str(self.stop_request),
+        )
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Temporary name, fsync, rename: readers see the old content or the new, never a part. Raises LaunchError on a full disk."""
+    try:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+    except OSError as e:
+        raise LaunchError(f"cannot write {path}: {e.strerror}", "Free some space, or give another --run-dir.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

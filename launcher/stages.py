@@ -1,0 +1,85 @@
+"""The stages of a run as jobs. Each reads only what an earlier one wrote, so each can be run again alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cluster.environment import device_env
+from cluster.inventory import Selection
+from cluster.job import JobSpec
+from trainer.spec import TrainSpec
+
+from .errors import LaunchError
+from .run_dir import RunDir, read_json
+
+ENTRYPOINT = "trainer.worker"
+STAGES = ("prepare", "train", "consolidate", "merge", "evaluate")
+# Filled in from prepared.json when the job starts: only `prepare` knows where a downloaded model lies.
+MODEL_DIR = "{model_dir}"
+
+
+def stage_names(spec: TrainSpec) -> tuple[str, ...]:
+    """Stages of this run: a full fine-tune has no adapter to merge."""
+    return tuple(s for s in STAGES if s != "merge" or spec.method.name != "full")
+
+
+def jobs_of(spec: TrainSpec, selection: Selection, run: RunDir, attempt: int) -> tuple[JobSpec, ...]:
+    """One job a stage, in order. Only training uses more than one process."""
+    return tuple(_job(name, spec, selection, run, attempt) for name in stage_names(spec))
+
+
+def _job(name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt: int) -> JobSpec:
+    log_dir = run.logs(attempt, name)
+    is_train = name == "train"
+    used = selection if is_train else _first_device(selection)
+    log_args = () if spec.debug else ("--log-dir", str(log_dir))
+    return JobSpec(
+        name=name,
+        entrypoint=ENTRYPOINT,
+        args=(name, *log_args, "--package-root", spec.package_root, *_arguments(name, spec, run, attempt)),
+        num_processes=used.num_processes,
+        devices=used.uuids,
+        env=device_env(used),
+        log_dir=str(log_dir),
+        cwd=str(run.root),
+        run_id=spec.run_id,
+    )
+
+
+def _first_device(selection: Selection) -> Selection:
+    """One process with the first device, and all the threads that training spreads over its processes."""
+    threads = selection.threads_per_process * (selection.num_processes if selection.kind == "cpu" else 1)
+    return dataclasses.replace(selection, devices=selection.devices[:1], num_processes=1, threads_per_process=threads)
+
+
+def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[str, ...]:
+    if name == "train":
+        return ("--plan", str(run.plan), "--attempt", str(attempt))
+    if name == "consolidate":
+        out = run.merged if spec.method.name == "full" else run.adapter
+        return ("--source", str(run.checkpoints), "--base", MODEL_DIR, "--out", str(out))
+    if name == "merge":
+        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged))
+    return ("--plan", str(run.plan))
+
+
+def renumbered(job: JobSpec, run: RunDir, attempt: int) -> JobSpec:
+    """The same job as part of another attempt: its own log folder, so that no log is overwritten."""
+    old, new = job.log_dir, str(run.logs(attempt, job.name))
+    args = tuple(new if a == old else a for a in job.args)
+    if "--attempt" in args:
+        at = args.index("--attempt") + 1
+        args = (*args[:at], str(attempt), *args[at + 1 :])
+    return dataclasses.replace(job, log_dir=new, args=args)
+
+
+def with_model_dir(job: JobSpec, run: RunDir) -> JobSpec:
+    """Put the prepared model folder into the job's arguments. Raises LaunchError when `prepare` has not finished."""
+    if MODEL_DIR not in job.args:
+        return job
+    if not run.prepared.is_file():
+        raise LaunchError(
+            f"{run.prepared} is missing: the prepare stage has not finished", "Run it: launch runs resume"
+        )
+    model_dir = read_json(run.prepared)["model_dir"]
+    return dataclasses.replace(job, args=tuple(model_dir if a == MODEL_DIR else a for a in job.args))

@@ -1,0 +1,233 @@
+"""From flags to a running run: read the recipe and the machine, plan, write the run folder, start the stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainer.spec import EXIT_OK, EXIT_USER
+
+from .errors import LaunchError, PlanError
+from .run_dir import RunDir, new_run_id, read_json, write_atomic, write_json
+
+RECORDED_PACKAGES = ("tunelaunch", "torch", "transformers", "peft", "bitsandbytes", "datasets", "deepspeed", "ray")
+FOLLOW_WAIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The flags of `launch RECIPE`, as typed."""
+
+    recipe: str
+    gpus: str | None
+    cpu: int | None
+    backend: str
+    nodes: int
+    run_dir: Path | None
+    sets: tuple[str, ...]
+    debug: bool
+
+
+def cache_dir() -> Path:
+    """Converted models and token caches: $TUNELAUNCH_CACHE, else ~/.cache/tunelaunch."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunelaunch"
+    return Path(os.environ.get("TUNELAUNCH_CACHE") or default).absolute()
+
+
+def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, RunDir]:
+    """(plan, loaded recipe, run folder); nothing is written. Raises LaunchError, PlanError or ClusterError."""
+    from cluster.environment import environment_warnings
+    from cluster.inventory import cpu_selection, select
+    from cluster.nvml import read_inventory
+
+    from .model_facts import read_facts
+    from .model_source import resolve_source
+    from .plan import Options, plan_run
+    from .recipe import load_recipe
+    from .recipe_library import find
+
+    if request.nodes > 1:
+        raise LaunchError(f"--nodes {request.nodes}: this version runs on one host", "Allowed: 1.")
+    if request.gpus is not None and request.cpu is not None:
+        raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
+    loaded = load_recipe(find(request.recipe), request.sets)
+    recipe = loaded.recipe
+    backend = "debug" if request.debug else request.backend
+    inventory = read_inventory()
+    if request.cpu is not None:
+        selection = cpu_selection(request.cpu, inventory)
+    else:
+        gpus = "free:1" if request.gpus is None and backend == "debug" and inventory.devices else request.gpus
+        selection = select(inventory, gpus, os.environ)
+    if backend == "debug" and selection.num_processes > 1:
+        raise LaunchError(
+            f"the debug backend runs one process, {selection.num_processes} devices were chosen", "Choose one device."
+        )
+    source = resolve_source(recipe.model.source, loaded.files[0].parent)
+    facts = read_facts(source, recipe.model.revision)
+    if run is None:
+        name = recipe.run.name or loaded.files[0].stem
+        run = RunDir((request.run_dir or Path(recipe.run.dir) / new_run_id(name)).absolute())
+    options = Options(
+        backend=backend,
+        debug=request.debug,
+        cache_dir=cache_dir(),
+        host_memory_gb=inventory.memory_gb,
+        command=_command_line(),
+        warnings=tuple(environment_warnings(os.environ)),
+    )
+    return plan_run(loaded, selection, source, facts, run, options), loaded, run
+
+
+def _command_line() -> str:
+    return shlex.join(["launch", *sys.argv[1:]])
+
+
+def show_plan(request: Request, as_json: bool) -> int:
+    """Print the plan. Returns 0, or 2 when it could not be started."""
+    from .render import plan_page
+
+    plan, _, _ = make_plan(request)
+    print(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False) if as_json else plan_page(plan))
+    return EXIT_USER if plan.refusals else EXIT_OK
+
+
+def start(request: Request, detached: bool) -> int:
+    """A new run from its first stage. Returns the run's exit code."""
+    from .render import plan_page
+
+    plan, loaded, run = make_plan(request)
+    if plan.refusals:
+        raise PlanError(list(plan.refusals))
+    print(plan_page(plan), end="\n\n", flush=True)
+    run.create()
+    _write_run(run, plan, loaded, attempt=1)
+    return _go(run, 1, frozenset(), detached)
+
+
+def resume(name: str, request: Request, detached: bool) -> int:
+    """Continue a run: the stages that are done stay done, training goes on from its newest verified checkpoint."""
+    from .status import DONE, RUNNING, find_run, read_status
+
+    run = find_run(name, Path("runs"))
+    status = read_status(run)
+    if status.state == RUNNING:
+        raise LaunchError(f"{run.run_id} is running (pid {status.pid})", "Watch it: launch runs watch " + run.run_id)
+    done = frozenset(stage for stage, state in status.stages.items() if state == DONE)
+    if "train" not in done and not any(run.checkpoints.glob("step_*/manifest.json")):
+        raise LaunchError(
+            f"{run.run_id} has no checkpoint: it ended ({status.state}) before the first one was saved",
+            f"Start it anew: launch {run.recipe}\nSave more often: checkpoint.every_steps",
+        )
+    old = read_json(run.plan)
+    flags = old["flags"]
+    request = replace(
+        request,
+        gpus=request.gpus if request.gpus or request.cpu else flags["gpus"],
+        cpu=request.cpu if request.gpus or request.cpu else flags["cpu"],
+        backend=request.backend or flags["backend"],
+        debug=flags["debug"],
+    )
+    if Path(request.recipe) != run.recipe:
+        _same_recipe(request, run)
+    plan, loaded, _ = make_plan(replace(request, recipe=str(run.recipe), sets=()), run)
+    attempt = status.attempt + 1
+    _write_run(run, plan, loaded, attempt, request=request)
+    kept = ", ".join(sorted(done)) or "none"
+    print(f"resuming {run.run_id}, attempt {attempt}; stages already done: {kept}", flush=True)
+    return _go(run, attempt, done, detached)
+
+
+def _same_recipe(request: Request, run: RunDir) -> None:
+    """Raises LaunchError when the recipe given with --resume is not the one that the run was started with."""
+    from .recipe import dump_recipe, load_recipe
+    from .recipe_library import find
+
+    given = dump_recipe(load_recipe(find(request.recipe), request.sets))
+    if given != run.recipe.read_text(encoding="utf-8"):
+        import difflib
+
+        lines = difflib.unified_diff(
+            run.recipe.read_text(encoding="utf-8").splitlines(),
+            given.splitlines(),
+            "the run",
+            "given",
+            lineterm="",
+            n=0,
+        )
+        raise LaunchError(
+            "the recipe differs from the one that the run was started with:\n" + "\n".join(lines),
+            f"Continue the run as it is: launch runs resume {run.run_id}\nOr start a new one: launch {request.recipe}",
+        )
+
+
+def _write_run(run: RunDir, plan: Any, loaded: Any, attempt: int, request: Request | None = None) -> None:
+    from .recipe import dump_recipe
+    from .stages import renumbered
+
+    flags = {"gpus": None, "cpu": None, "backend": plan.backend, "debug": plan.spec.debug}
+    if request is not None:
+        flags |= {"gpus": request.gpus, "cpu": request.cpu}
+    plan = replace(plan, jobs=tuple(renumbered(job, run, attempt) for job in plan.jobs))
+    if attempt == 1:
+        write_atomic(run.recipe, dump_recipe(loaded))
+    write_json(run.plan, {**plan.to_dict(), "flags": flags})
+    write_json(run.env, environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without secrets: no environment variable is copied."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": versions,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _go(run: RunDir, attempt: int, done: frozenset[str], detached: bool) -> int:
+    from .supervise import detach, supervise
+
+    if detached:
+        pid = detach(run, attempt, done)
+        print(f"{run.run_id} runs in the background (pid {pid})")
+        print(f"  watch: launch runs watch {run.root}\n  stop:  launch runs stop {run.root}")
+        return EXIT_OK
+    from .progress import terminal
+
+    code = supervise(run, attempt, done, terminal(run))
+    _say_end(run, code)
+    return code
+
+
+def _say_end(run: RunDir, code: int) -> None:
+    from .follow import print_end
+
+    print_end(run, code)
+
+
+def supervise_detached(root: Path, attempt: int, done: str) -> int:
+    """The body of `launch _supervise`: standard output is supervisor.log."""
+    from .progress import terminal
+    from .supervise import supervise
+
+    run = RunDir(root)
+    code = supervise(run, attempt, frozenset(done.split(",")) - {""}, terminal(run))
+    _say_end(run, code)
+    return code

@@ -1,0 +1,80 @@
+"""status.json: what a run is doing, written by its supervisor and read by everybody else."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.processes import ProcessIdentity, is_alive
+
+from .errors import LaunchError
+from .run_dir import RunDir, read_json, write_json
+
+RUNNING, SUCCEEDED, FAILED, STOPPED, CRASHED = "running", "succeeded", "failed", "stopped", "crashed"
+DONE = "done"
+
+
+@dataclass
+class Status:
+    """One run's state. `crashed` is never written: it is what a reader says of a `running` run without supervisor."""
+
+    run_id: str
+    state: str
+    attempt: int
+    stage: str
+    stages: dict[str, str]
+    """Stage -> waiting | running | done | failed | stopped."""
+    pid: int
+    pid_start: int
+    """Start time of the supervisor process, so that a recycled pid is not taken for it."""
+    started: float
+    updated: float
+    exit_code: int | None = None
+    failure: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each finished stage of this attempt."""
+
+    def write(self, run: RunDir) -> None:
+        self.updated = time.time()
+        write_json(run.status, vars(self))
+
+    @property
+    def supervisor(self) -> ProcessIdentity:
+        return ProcessIdentity(self.pid, self.pid_start)
+
+
+def read_status(run: RunDir) -> Status:
+    """The run's state now. Raises LaunchError when the folder is no run."""
+    if not run.status.is_file():
+        raise LaunchError(f"{run.root} is not a run folder (no status.json)", "List the runs: launch runs")
+    status = Status(**read_json(run.status))
+    if status.state == RUNNING and not is_alive(status.supervisor):
+        status.state = CRASHED
+    return status
+
+
+def find_run(name: str, runs_dir: Path) -> RunDir:
+    """A run by its folder, its id, the start of its id, or `last`. Raises LaunchError with the nearest names."""
+    path = Path(name)
+    if (path / "status.json").is_file():
+        return RunDir(path.resolve())
+    runs = list_runs(runs_dir)
+    if name == "last" and runs:
+        return runs[0]
+    matches = [r for r in runs if r.run_id == name] or [r for r in runs if r.run_id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise LaunchError(f"{name!r} fits {len(matches)} runs", "\n".join(r.run_id for r in matches))
+    known = "\n".join(r.run_id for r in runs[:5]) or f"there are none in {runs_dir.resolve()}"
+    raise LaunchError(f"no run {name!r}", f"Newest runs:\n{known}")
+
+
+def list_runs(runs_dir: Path) -> list[RunDir]:
+    """Run folders in `runs_dir`, newest first."""
+    if not runs_dir.is_dir():
+        return []
+    runs = [RunDir(p.parent.resolve()) for p in runs_dir.glob("*/status.json")]
+    return sorted(runs, key=lambda r: r.status.stat().st_mtime, reverse=True)

@@ -1,0 +1,142 @@
+"""Kills, Ctrl-C and closed terminals: nothing is lost, nothing is left behind, and the losses stay the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.commands import FP32, Launch, losses, only_run, wait_until, worker_pids
+
+Started = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def long_recipe(work: Path) -> str:
+    text = (work / "tiny_cpu.yaml").read_text(encoding="utf-8").replace("epochs: 10", "max_steps: 60")
+    (work / "long.yaml").write_text(text.replace("every_steps: 10", "every_steps: 7"), encoding="utf-8")
+    return "long.yaml"
+
+
+def run_when_at_step(folder: Path, step: int) -> Path:
+    wait_until(lambda: (folder / "runs").is_dir() and any((folder / "runs").iterdir()), what="a run folder")
+    run = only_run(folder)
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and max(losses(run), default=0) >= step, what=f"step {step}")
+    return run
+
+
+@pytest.mark.parametrize(("processes", "step"), [("1", 3), ("1", 16), ("2", 23)])
+def test_killed_workers_resume_with_the_losses_of_a_straight_run(
+    launch: Launch, started: Started, work: Path, long_recipe: str, processes: str, step: int
+) -> None:
+    command = started(long_recipe, "--cpu", processes, *FP32)
+    run = run_when_at_step(work, step)
+    os.kill(worker_pids(run)[-1], signal.SIGKILL)
+    output, _ = command.communicate(timeout=60)
+    assert command.returncode == 75, output
+    assert "SIGKILL" in output
+    wait_until(lambda: not worker_pids(run), 10, "no worker left")
+    resumed = launch("runs", "resume", str(run), cwd=work)
+    if step < 7:
+        assert resumed.returncode == 2
+        assert "no checkpoint" in resumed.stderr
+        return
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    log = (run / "logs" / "attempt_2" / "train" / "rank_0.log").read_text(encoding="utf-8")
+    assert "resumed from step_0000" in log
+    straight = launch(long_recipe, "--cpu", "1", *FP32, "--run-dir", "straight", cwd=work)
+    assert straight.returncode == 0, straight.stdout + straight.stderr
+    expected = losses(work / "straight")
+    got = losses(run)
+    assert got.keys() == expected.keys()
+    for number, loss in expected.items():
+        # One process is bit-identical; two add their sums in another order.
+        assert got[number] == (loss if processes == "1" else pytest.approx(loss, rel=1e-5)), f"step {number}"
+
+
+def test_killed_launcher_leaves_no_worker(started: Started, launch: Launch, work: Path, long_recipe: str) -> None:
+    command = started(long_recipe, "--cpu", "2", *FP32)
+    run = run_when_at_step(work, 8)
+    assert worker_pids(run)
+    command.kill()
+    command.wait()
+    wait_until(lambda: not worker_pids(run), 10, "no worker left")
+    shown = launch("runs", "show", str(run), cwd=work)
+    assert "crashed" in shown.stdout
+    resumed = launch("runs", "resume", str(run), cwd=work)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert max(losses(run)) == 60
+
+
+def test_ctrl_c_saves_and_stops_and_resume_goes_on(
+    started: Started, launch: Launch, work: Path, long_recipe: str
+) -> None:
+    command = started(long_recipe, "--cpu", "2", *FP32)
+    run = run_when_at_step(work, 9)
+    command.send_signal(signal.SIGINT)
+    output, _ = command.communicate(timeout=60)
+    assert command.returncode == 130, output
+    assert "checkpoint" in output
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+    last = max(losses(run))
+    assert (run / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
+    assert not worker_pids(run)
+    resumed = launch(long_recipe, *FP32, "--resume", str(run), cwd=work)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert max(losses(run)) == 60
+    assert f"resumed from step_{last:06d}" in (run / "logs/attempt_2/train/rank_0.log").read_text()
+
+
+def test_second_ctrl_c_kills(started: Started, work: Path, long_recipe: str) -> None:
+    command = started(long_recipe, "--cpu", "1", *FP32)
+    run = run_when_at_step(work, 2)
+    # Frozen workers cannot answer the polite request.
+    for pid in worker_pids(run):
+        os.kill(pid, signal.SIGSTOP)
+    command.send_signal(signal.SIGINT)
+    wait_until(lambda: (run / "stop_requested").exists(), 10, "the stop request")
+    command.send_signal(signal.SIGINT)
+    output, _ = command.communicate(timeout=30)
+    assert command.returncode == 130, output
+    assert not worker_pids(run)
+
+
+def test_detached_run_is_listed_watched_and_stopped(launch: Launch, work: Path, long_recipe: str) -> None:
+    begun = launch(long_recipe, "--cpu", "1", *FP32, "--detach", cwd=work)
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    run = run_when_at_step(work, 8)
+    assert "running" in launch("runs", cwd=work).stdout
+    stopped = launch("runs", "stop", "last", cwd=work)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "stopped" in stopped.stdout
+    assert not worker_pids(run)
+    resumed = launch("runs", "resume", "last", "--detach", cwd=work)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    watched = launch("runs", "watch", "last", cwd=work)
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    assert "report" in watched.stdout
+    logs = launch("runs", "logs", "last", "--stage", "train", cwd=work)
+    assert "step 60/60" in logs.stdout
+
+
+def test_damaged_checkpoint_is_skipped_by_name(launch: Launch, work: Path, long_recipe: str, started: Started) -> None:
+    command = started(long_recipe, "--cpu", "1", *FP32)
+    run = run_when_at_step(work, 15)
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=60)
+    newest = max((run / "checkpoints").glob("step_*"))
+    shard = newest / "rank_00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    resumed = launch("runs", "resume", str(run), cwd=work)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    log = (run / "logs/attempt_2/train/rank_0.log").read_text()
+    assert f"skipped checkpoint {newest.name}" in log
+    assert "rank_00000.safetensors" in log
+    assert max(losses(run)) == 60

@@ -1,0 +1,51 @@
+"""The console script, and how tests look at what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = Path(sys.executable).with_name("launch")
+FP32 = ("--set", "model.dtype=fp32")
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def only_run(folder: Path) -> Path:
+    """The one run folder in `folder`/runs."""
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss; after a resume the last row of a step counts."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60, what: str = "condition") -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def worker_pids(run: Path) -> list[int]:
+    """Processes whose command line names this run's folder (and that are not zombies)."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if run.name in command and "trainer.worker" in command and state != "Z":
+            pids.append(int(entry.name))
+    return pids

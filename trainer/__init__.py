@@ -1,0 +1,1 @@
+"""What a worker does: model, data, loss, parallelism, checkpoint, consolidate, merge, chat, evaluate."""

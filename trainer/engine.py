@@ -1,0 +1,171 @@
+"""The DeepSpeed engine, and the only file that knows where DeepSpeed keeps master weights and moments.
+
+Every function that talks to other ranks says so: "Collective: every rank must call".
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .model import PackedLanguageModel
+from .spec import OptimSpec, TrainSpec
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. Axes: dp (data parallel) and sp (sequence parallel); sp ranks are neighbours."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    dp_rank: int
+    sp_rank: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The slice of one trainable parameter whose master weights this rank owns."""
+
+    name: str
+    start: int
+    numel: int
+    tensors: dict[str, torch.Tensor]
+    """Live fp32 views (numel,) under STATES: writing into them changes the optimizer."""
+
+
+def init_ranks(spec: TrainSpec) -> Ranks:
+    """Join the process group. Collective: every rank must call. The wait ends after `parallel.timeout_s`."""
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    assert world_size == spec.parallel.world_size, f"started {world_size} processes, planned {spec.parallel.world_size}"
+    torch.set_num_threads(spec.parallel.threads_per_process)
+    backend, device = "gloo", torch.device("cpu")
+    if spec.parallel.device == "cuda":
+        backend, device = "nccl", torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=spec.parallel.timeout_s)
+    if not dist.is_initialized():
+        if world_size == 1:
+            # A store in memory: one process needs no port, and cannot fail for want of one.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    sp = spec.parallel.sp
+    return Ranks(rank, local_rank, world_size, dp_rank=rank // sp, sp_rank=rank % sp, device=device)
+
+
+def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:
+    """`deepspeed.initialize` with AdamW over the trainable parameters. Collective: every rank must call."""
+    import deepspeed
+
+    # On CPU DeepSpeed would compile a shared-memory collective at its first start (30 s, and a compiler); gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = _adamw(model, spec.optim)
+    if spec.parallel.zero_stage == 3:
+        # The loss reads the head's weight outside the head's own forward.
+        head = model.base.get_output_embeddings()
+        for parameter in (head.weight, head.bias):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(model, parameter)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=spec.deepspeed, dist_init_required=False
+    )
+    return engine
+
+
+def _adamw(model: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def local_fragments(engine: Any) -> list[Fragment]:
+    """The fragments that this rank owns, in model order; ZeRO stages 1, 2 and 3."""
+    fragments = []
+    for name, parameter in engine.module.trainable().items():
+        place = _place_zero3(engine, parameter) if hasattr(parameter, "ds_tensor") else _place(engine, parameter)
+        if place is None:
+            continue
+        flat, at, start, numel = place
+        state = _adam_state(engine.optimizer.optimizer, flat)
+        tensors = {"master": flat.detach().narrow(0, at, numel)}
+        tensors |= {key: state[key].narrow(0, at, numel) for key in STATES[1:]}
+        fragments.append(Fragment(name, start, numel, tensors))
+    return fragments
+
+
+Place = tuple[torch.Tensor, int, int, int]
+"""(flat fp32 partition, offset in it, first element of the parameter, number of elements)."""
+
+
+def _place(engine: Any, parameter: Any) -> Place | None:
+    """Stages 1 and 2: all parameters of a group end to end, cut into one slice a rank."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    flat = _flat_partitions(engine.optimizer)[mapping.param_group_index]
+    address = mapping.hp_fragment_address
+    return flat, address.start, mapping.lp_fragment_address.start, address.numel
+
+
+def _place_zero3(engine: Any, parameter: Any) -> Place | None:
+    """Stage 3: every parameter cut into one slice a rank; the last ones are padded, or hold nothing at all."""
+    optimizer = engine.optimizer
+    group, at, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = dist.get_rank() * padded
+    numel = min(padded, parameter.ds_numel - start)
+    return (_flat_partitions(optimizer)[group], at, start, numel) if numel > 0 else None
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """The parameter's own shape, also where ZeRO-3 has left an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def optimizer_step(engine: Any) -> int:
+    """AdamW's own count of updates: the number that its bias correction uses."""
+    (flat, *_) = _flat_partitions(engine.optimizer)
+    return int(_adam_state(engine.optimizer.optimizer, flat)["step"])
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    for flat in _flat_partitions(engine.optimizer):
+        _adam_state(engine.optimizer.optimizer, flat)["step"].fill_(float(step))
+
+
+def _flat_partitions(zero_optimizer: Any) -> list[torch.Tensor]:
+    """This rank's flat fp32 master partitions: one a parameter group, or one a sub-group for stage 3."""
+    for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+        partitions = getattr(zero_optimizer, name, None)
+        if partitions:
+            return partitions
+    raise AssertionError(f"{type(zero_optimizer).__name__} keeps its master weights in an unknown place")
+
+
+def _adam_state(adamw: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's state of one flat partition, made with zeros where no step has been taken yet."""
+    state = adamw.state[flat]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"] = torch.zeros_like(flat)
+        state["exp_avg_sq"] = torch.zeros_like(flat)
+    return state

@@ -1,0 +1,148 @@
+"""The model that trains: base weights in the recipe's dtype or in 4 bits, with or without adapters.
+
+Shapes: B batch (always 1: a packed row), T row length, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attention
+from .loss import supervised_loss_sum
+from .spec import MethodSpec, ModelSpec, TrainError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class PackedLanguageModel(nn.Module):
+    """What the engine drives: one packed row in, the summed loss of its supervised tokens out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, adapters injected."""
+        peft_model: Any = self.model
+        return peft_model.get_base_model() if hasattr(peft_model, "peft_config") else self.model
+
+    def forward(
+        self,
+        input_ids_BT: torch.Tensor,
+        labels_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        document_lengths: tuple[int, ...],
+    ) -> torch.Tensor:
+        """fp32 scalar: the sum, not the mean; only the loop knows the step's count of supervised tokens."""
+        base = self.base
+        hidden_BTD = base.get_decoder()(
+            input_ids=input_ids_BT, position_ids=position_ids_BT, document_lengths=document_lengths, use_cache=False
+        ).last_hidden_state
+        head = base.get_output_embeddings()
+        return supervised_loss_sum(
+            hidden_BTD, labels_BT, head.weight, head.bias, _logit_scale(base.config), _softcap(base.config)
+        )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters under the names that PEFT or transformers gives them, in model order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def load_model(
+    model: ModelSpec, model_dir: str, method: MethodSpec, seed: int, device: torch.device
+) -> PackedLanguageModel:
+    """Load the base from `model_dir` and make it trainable by `method`. Deterministic in `seed`.
+
+    Raises TrainError for a model family whose attention or head packed training does not cover.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    quantization = None
+    if method.name == "qlora":
+        quantization = _nf4(DTYPES[model.dtype], method.double_quant)
+    base = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=DTYPES[model.dtype],
+        attn_implementation=attention.NAME,
+        trust_remote_code=model.trust_remote_code,
+        quantization_config=quantization,
+        device_map={"": device},
+    )
+    _check_family(base)
+    base.config.use_cache = False
+    torch.manual_seed(seed)
+    if method.name == "full":
+        base.requires_grad_(True)
+        return PackedLanguageModel(base)
+    base.requires_grad_(False)
+    return PackedLanguageModel(_add_adapters(base, method, model))
+
+
+def _nf4(compute_dtype: torch.dtype, double_quant: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # Storage in the compute dtype, so that ZeRO-3 may shard the packed weights like any others.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype,
+    )
+
+
+def _add_adapters(base: nn.Module, method: MethodSpec, model: ModelSpec) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = "all-linear" if method.targets == ("all-linear",) else list(method.targets)
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # peft divides it, and any number will do
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # The adapters keep the model's dtype: their fp32 masters live in the optimizer.
+        peft_model = get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    except ValueError as e:
+        if "arget modules" not in str(e):
+            raise
+        names = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+        raise TrainError(
+            f"method.targets {list(method.targets)} match no module of {model.source}",
+            f"Linear layers: {', '.join(names)}",
+        ) from e
+    peft_model.to(DTYPES[model.dtype]) if method.name == "lora" else _cast_adapters(peft_model, DTYPES[model.dtype])
+    if hasattr(peft_model.get_base_model().get_output_embeddings(), "lora_A"):
+        raise TrainError("an adapter on the language-model head is not supported", "Remove it from method.targets.")
+    return peft_model
+
+
+def _cast_adapters(peft_model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_family(base: Any) -> None:
+    if not getattr(base, "_supports_attention_backend", False):
+        raise TrainError(
+            f"{type(base).__name__} does not use the attention interface of transformers, which packed rows need",
+            "Remove model.trust_remote_code so that transformers' own implementation is used, or choose another model.",
+        )
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies the logits by `logit_scale`, Granite divides them by `logits_scaling`."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return scale / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _softcap(config: Any) -> float | None:
+    return getattr(config, "final_logit_softcapping", None)

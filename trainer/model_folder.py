@@ -1,0 +1,104 @@
+"""Hugging Face model folders: where their tensors are, and the files that must travel with them. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .disk import read_json, write_json, writing
+from .spec import TrainError
+from .tensor_files import INDEX, WEIGHTS, StoredTensor
+from .tensor_header import is_printable_name, read_header
+
+TRANSFORMERS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".vocab", ".spm", ".bpe")
+COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
+OWN_FILES = ("config.json", "consolidation.json", "merge_report.json", "adapter_config.json")
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json names, in file order.
+
+    Raises TrainError when there are no safetensors, or a shard is missing, damaged, or lacks a tensor of the index.
+    """
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():
+        return {name: StoredTensor(single, entry) for name, entry in read_header(single).entries.items()}
+    if not index.is_file():
+        raise TrainError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}",
+            "Give a Hugging Face model folder with safetensors; a .bin model is converted by save_pretrained().",
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(f, str) and f == Path(f).name for f in weight_map.values()
+    ):
+        raise TrainError(f"{index}: weight_map is not a map from tensors to files of this folder")
+    files = sorted(set(weight_map.values()))
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise TrainError(
+            f"{folder}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}", "Download it again."
+        )
+    found: dict[str, StoredTensor] = {}
+    for name in files:
+        path = folder / name
+        entries = read_header(path).entries
+        found |= {tensor: StoredTensor(path, e) for tensor, e in entries.items() if weight_map.get(tensor) == name}
+    absent = sorted(weight_map.keys() - found.keys())
+    if absent:
+        raise TrainError(
+            f"{index}: {len(absent)} tensors are not where it says, such as {absent[0]!r}", "Download it again."
+        )
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises TrainError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise TrainError(f"{folder} holds no config.json", "Give a Hugging Face model folder.")
+    return read_json(path)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return any((folder / name).is_file() for name in names)
+
+
+def write_config(config: dict[str, Any], out: Path, stored_dtype: str | None) -> None:
+    """config.json for full-precision weights: no quantization_config, and the dtype of the weights (None: unchanged)."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if stored_dtype is not None:
+        config = _with_dtype(config, TRANSFORMERS_DTYPES[stored_dtype])
+        if "dtype" not in config and "torch_dtype" not in config:
+            # The older of the two names: every version of transformers reads it.
+            config["torch_dtype"] = TRANSFORMERS_DTYPES[stored_dtype]
+    write_json(out / "config.json", config)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    changed = {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
+    nested = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
+    return changed | {key: _with_dtype(config[key], dtype) for key in nested}
+
+
+def copy_companions(base: Path, out: Path) -> list[str]:
+    """Copy tokenizer, chat templates, generation config, model code and licence. Returns the names, sorted."""
+    names = sorted(path.name for path in base.iterdir() if path.is_file() and _is_companion(path.name))
+    folder = base / TEMPLATE_FOLDER
+    if folder.is_dir():
+        names += sorted(f"{TEMPLATE_FOLDER}/{path.name}" for path in folder.glob("*.jinja"))
+    for name in names:
+        with writing(out / name):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(base / name, out / name)
+    return names
+
+
+def _is_companion(name: str) -> bool:
+    if name in OWN_FILES or name.endswith(".index.json") or name.startswith(".") or not is_printable_name(name):
+        return False
+    return name.endswith(COMPANION_SUFFIXES) or name.startswith(COMPANION_PREFIXES)

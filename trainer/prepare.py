@@ -1,0 +1,265 @@
+"""The prepare stage: model as a folder, data as a packed token cache. Runs once, before any process group exists.
+
+A cache entry is named by what it is made of, so a second run finds it and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .data import CACHE_VERSION, INDEX, TokenWriter, damage
+from .disk import new_folder, read_json, write_json
+from .metrics import event
+from .model_folder import read_config
+from .model_source import materialise, tokenizer_files
+from .pack import pack_documents
+from .rows import Row, read_head, read_rows
+from .spec import DataSpec, Prepared, TrainError, TrainSpec, read_plan
+
+if TYPE_CHECKING:
+    from .template import ChatTemplate, Document
+
+CHUNK_ROWS = 2000
+"""Rows tokenised by one call: enough to keep all cores busy, few enough to hold in memory."""
+CHECKED_ROWS = 32
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    """Labels: what the loss is summed over."""
+    truncated: int = 0
+    tokens_cut: int = 0
+    dropped: int = 0
+    """Documents longer than max_length, left out (too_long: drop)."""
+    unsupervised: int = 0
+    """Documents without a token to learn (after truncation), left out."""
+    rewritten: int = 0
+    """Documents in which the template rewrites earlier answers, so that these are not supervised."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `trainer.worker prepare`."""
+    parser.add_argument("--plan", required=True, help="plan.json of the run")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes prepared.json and an event. Raises TrainError for anything wrong with the model or the data."""
+    started = time.monotonic()
+    spec = read_plan(args.plan)
+    model_dir = materialise(spec.model)
+    entry, reused = prepare_data(spec, model_dir)
+    index = read_json(entry / INDEX)
+    counts = Counts(**index["counts"])
+    prepared = Prepared(
+        model_dir=str(model_dir),
+        data_dir=str(entry),
+        num_documents=counts.documents,
+        num_rows=index["num_rows"],
+        num_tokens=counts.tokens,
+        num_supervised_tokens=counts.supervised_tokens,
+    )
+    write_json(Path(spec.paths.prepared), prepared.to_dict())
+    seconds = round(time.monotonic() - started, 2)
+    for line in summary(counts, index["num_rows"], spec.data):
+        print(line, flush=True)
+    print(f"prepared in {seconds} s: tokens {'found' if reused else 'written'} in {entry}", flush=True)
+    event(
+        spec.paths.events,
+        "prepared",
+        seconds=seconds,
+        reused=reused,
+        **prepared.to_dict(),
+        counts=dataclasses.asdict(counts),
+    )
+
+
+def summary(counts: Counts, num_rows: int, data: DataSpec) -> list[str]:
+    """The counts in a few lines for people."""
+    rows = f"{num_rows:,} rows of {data.max_length:,} tokens"
+    if data.packing:
+        rows += f", {counts.tokens / (num_rows * data.max_length):.1%} full"
+    else:
+        rows = f"{num_rows:,} rows (no packing), {counts.tokens / num_rows:,.0f} tokens on average"
+    lines = [
+        f"data: {counts.rows:,} rows -> {counts.documents:,} documents, {counts.tokens:,} tokens, "
+        f"{counts.supervised_tokens:,} supervised ({counts.supervised_tokens / counts.tokens:.0%}) -> {rows}"
+    ]
+    if counts.truncated:
+        lines.append(
+            f"data: {counts.truncated:,} documents cut to {data.max_length:,} tokens ({counts.tokens_cut:,} tokens lost)"
+        )
+    if counts.dropped:
+        lines.append(f"data: {counts.dropped:,} documents of more than {data.max_length:,} tokens left out")
+    if counts.unsupervised:
+        lines.append(
+            f"data: {counts.unsupervised:,} rows left out: no token to learn (an empty answer, or all of it cut off)"
+        )
+    if counts.rewritten:
+        lines.append(
+            f"data: in {counts.rewritten:,} rows only later answers are learnt: the template rewrites earlier ones"
+        )
+    return lines
+
+
+def prepare_data(spec: TrainSpec, model_dir: Path) -> tuple[Path, bool]:
+    """(cache entry, whether it was there already). A damaged entry is said and made again. Raises TrainError."""
+    entry = Path(spec.data.cache_dir) / "data" / cache_key(spec.data, model_dir)
+    if entry.is_dir():
+        reason = damage(entry)
+        if not reason:
+            return entry, True
+        print(f"token cache {entry} is damaged ({reason}): it is made again", flush=True)
+        shutil.rmtree(entry)
+    try:
+        with new_folder(entry) as partial:
+            _build(partial, spec, model_dir)
+    except TrainError:
+        # Another process may have made the same entry meanwhile; content decides the name, so it serves as well.
+        if not entry.is_dir() or damage(entry):
+            raise
+    return entry, False
+
+
+def cache_key(data: DataSpec, model_dir: Path) -> str:
+    """sha256 over all that decides the tokens: data, tokenizer, template, settings, versions. Reads the data once."""
+    from .template import read_template
+
+    settings = [
+        CACHE_VERSION,
+        {name: version(name) for name in ("tokenizers", "transformers")},
+        read_template(data.template),
+        data.system,
+        data.max_length,
+        data.packing,
+        data.too_long,
+        data.max_rows,
+    ]
+    digest = hashlib.sha256(json.dumps(settings, ensure_ascii=False).encode())
+    for file in data.files:
+        read_head(Path(file.path))
+        digest.update(f"\0{file.format}\0".encode() + _file_digest(Path(file.path)))
+    for path in tokenizer_files(model_dir):
+        digest.update(f"\0{path.relative_to(model_dir)}\0".encode() + _file_digest(path))
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
+def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
+    from .template import load_template
+
+    data = spec.data
+    template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
+    writer, counts = TokenWriter(folder), Counts()
+    vocabulary = _vocabulary_size(model_dir)
+    paths = [f.path for f in data.files]
+    for rows in _chunks(read_rows(data.files, data.max_rows)):
+        documents = template.encode_rows(rows, data.system)
+        if counts.rows == 0:
+            _check_identity(template, rows, documents, data.system)
+        for row, document in zip(rows, documents, strict=True):
+            counts.rows += 1
+            kept = _fit(document, data, counts)
+            if kept is None:
+                continue
+            if max(kept.input_ids) >= vocabulary:
+                raise TrainError(
+                    f"{row.source}: token {max(kept.input_ids)} is beyond the model's {vocabulary} embeddings",
+                    "The tokenizer does not belong to this model: give a model folder with its own tokenizer.",
+                )
+            writer.add(kept.input_ids, kept.supervised, paths.index(row.path), row.line)
+    counts.documents, counts.tokens, counts.supervised_tokens = (
+        len(writer.lengths),
+        sum(writer.lengths),
+        sum(writer.labels),
+    )
+    if counts.documents == 0:
+        raise _nothing_to_learn(counts, data)
+    row_offsets, row_documents = pack_documents(np.asarray(writer.lengths, np.int64), data.max_length, data.packing)
+    tokenizer = template.tokenizer
+    pads = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    index: dict[str, Any] = {
+        "packing": data.packing,
+        "max_length": data.max_length,
+        "num_rows": len(row_offsets) - 1,
+        "pad_token_id": next(pads),
+        "data_files": paths,
+        "counts": dataclasses.asdict(counts),
+    }
+    writer.finish(row_offsets, row_documents, index)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+def _check_identity(template: ChatTemplate, rows: list[Row], documents: list[Document], system: str | None) -> None:
+    report = template.check_identity(rows[:CHECKED_ROWS], documents[:CHECKED_ROWS], system)
+    if report.num_checked:
+        print(
+            f"training tokens equal chat tokens: prompts {report.num_checked} of {report.num_checked}, "
+            f"whole conversations {report.num_whole_equal} of {report.num_checked} checked rows",
+            flush=True,
+        )
+
+
+def _fit(document: Document, data: DataSpec, counts: Counts) -> Document | None:
+    """The document within max_length, or None when it is left out; `counts` says why."""
+    length = len(document.input_ids)
+    if length > data.max_length:
+        if data.too_long == "drop":
+            counts.dropped += 1
+            return None
+        document = document._replace(
+            input_ids=document.input_ids[: data.max_length], supervised=document.supervised[: data.max_length]
+        )
+    if not any(document.supervised[1:]):
+        counts.unsupervised += 1
+        return None
+    if length > data.max_length:
+        counts.truncated += 1
+        counts.tokens_cut += length - data.max_length
+    counts.rewritten += document.rewritten
+    return document
+
+
+def _nothing_to_learn(counts: Counts, data: DataSpec) -> TrainError:
+    return TrainError(
+        f"none of the {counts.rows} rows has a token to learn: {counts.dropped} are longer than max_length = "
+        f"{data.max_length} (too_long: drop), {counts.unsupervised} have no supervised token within max_length",
+        "Raise data.max_length, shorten system prompt and questions, or give rows with answers.",
+    )
+
+
+def _vocabulary_size(model_dir: Path) -> int:
+    """Rows of the embedding, as config.json says (multi-modal models keep it in text_config)."""
+    config = read_config(model_dir)
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise TrainError(
+            f"{model_dir / 'config.json'} has no vocab_size", "Only causal language models can be trained."
+        )
+    return size
