@@ -97,6 +97,7 @@ def _read_chain(path: Path, found: Findings) -> list[tuple[Path, Node | None]]:
         rest = node and node.with_value({k: v for k, v in node.value.items() if k != "extends"})
         chain.append((here, rest))
         here = _parent(extends, [file for file, _ in chain], found) if extends is not None else None
+        found.incomplete = found.incomplete or (extends is not None and here is None)
     return chain
 
 
@@ -196,7 +197,7 @@ def _translate(kind: str, loc: tuple[int | str, ...], path: str, node: Node, fou
     """One pydantic error as a problem, unless there is one already."""
     if kind == "missing":
         gone = f"{path}.{loc[-1]}".lstrip(".")
-        if not found.is_bad(gone):
+        if not found.incomplete and not found.is_bad(gone):
             found.add(node.key_at, *missing(gone), path=gone)
     elif not found.is_bad(path):
         found.add(node.at, *wrong_value(path, node), path=path)

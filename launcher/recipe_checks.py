@@ -105,19 +105,19 @@ def _check_betas(tree: Node, found: Findings) -> None:
 
 
 def _check_prompts(tree: Node, found: Findings) -> None:
-    strict, prompts = _given(tree, "evaluate.strict", found), _given(tree, "evaluate.prompts", found)
-    items = prompts.value if prompts else []
-    expects = False
-    for i, prompt in enumerate(items):
+    strict, prompts = _given(tree, "evaluate.strict", found), get(tree, "evaluate.prompts")
+    expects = found.is_bad("evaluate.prompts")  # a prompt with a mistake may have meant to expect something
+    for i, prompt in enumerate(prompts.value if prompts else ()):
+        path = f"evaluate.prompts.{i}"
         if not isinstance(prompt.value, dict):
-            return
-        expects = expects or any(prompt.value.get(k) for k in ("contains", "regex", "language"))
-        regex = _given(tree, f"evaluate.prompts.{i}.regex", found)
+            continue
+        expects = expects or any(prompt.value[k].value for k in ("contains", "regex", "language") if k in prompt.value)
+        regex = _given(tree, f"{path}.regex", found)
         if regex:
             try:
                 re.compile(regex.value)
             except re.error as e:
-                message = f"{readable(f'evaluate.prompts.{i}.regex')}: not a regular expression: {e}"
+                message = f"{readable(f'{path}.regex')}: not a regular expression: {e}"
                 found.add(regex.at, message, "Put it in 'single quotes', and a backslash before a literal ( [ + * ? .")
     if strict and strict.value and not expects:
         where = f" ({prompts.key_at})" if prompts else ""

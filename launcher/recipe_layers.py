@@ -30,6 +30,8 @@ class Findings:
     bad: set[str] = field(default_factory=set)
     """Dotted paths that have a problem already: nothing more is said about them."""
     notes: list[str] = field(default_factory=list)
+    incomplete: bool = False
+    """A layer could not be read, so nothing can be said about what is missing."""
 
     def add(self, at: Place, message: str, hint: str = "", path: str = "") -> None:
         self.problems.append(Problem(str(at), message, hint))

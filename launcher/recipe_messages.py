@@ -97,11 +97,12 @@ def _value_text(node: Node) -> str:
 def not_a_section(path: str, node: Node) -> tuple[str, str]:
     """(message, hint) for a section that is written as a scalar or a list."""
     keys = keys_of(pattern(path))
+    found_instead = "a list" if isinstance(node.value, list) else f"the value {node.text}"
     if found := re.fullmatch(r"([A-Za-z_]+):(\S.*)", node.text):
         hint = f"Write a space after the colon: `{found[1]}: {found[2]}`"
     else:
         hint = f"Indent keys below it. Allowed under {readable(path)}: {', '.join(keys)}"
-    return f"{readable(path)} is a section with keys of its own, not {describe(node)}", hint
+    return f"{readable(path)} is a section with keys of its own, not {found_instead}", hint
 
 
 def null_value(path: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ _KEYS = {
     "parallel.offload": "offload_optimizer offload_param cpu_offload",
     "checkpoint.every_steps": "save_steps save_interval checkpoint_interval",
     "checkpoint.keep": "save_total_limit max_keep_ckpts keep_checkpoint_max",
-    "evaluate.prompts": "evaluation_inputs eval_prompts prompts questions",
+    "evaluate.prompts": "evaluation_inputs eval_prompts questions",
     "evaluate.samples_every_steps": "evaluation_freq eval_steps generate_every",
     "evaluate.max_new_tokens": "max_new_token max_generated_tokens",
     "run.dir": "output_dir work_dir save_dir output",

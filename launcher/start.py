@@ -109,7 +109,7 @@ def start(request: Request, detached: bool) -> int:
         raise PlanError(list(plan.refusals))
     print(plan_page(plan), end="\n\n", flush=True)
     run.create()
-    _write_run(run, plan, loaded, attempt=1)
+    write_run(run, plan, loaded, 1, request)
     return _go(run, 1, frozenset(), detached)
 
 
@@ -140,7 +140,7 @@ def resume(name: str, request: Request, detached: bool) -> int:
         _same_recipe(request, run)
     plan, loaded, _ = make_plan(replace(request, recipe=str(run.recipe), sets=()), run)
     attempt = status.attempt + 1
-    _write_run(run, plan, loaded, attempt, request=request)
+    write_run(run, plan, loaded, attempt, request)
     kept = ", ".join(sorted(done)) or "none"
     print(f"resuming {run.run_id}, attempt {attempt}; stages already done: {kept}", flush=True)
     return _go(run, attempt, done, detached)
@@ -169,13 +169,12 @@ def _same_recipe(request: Request, run: RunDir) -> None:
         )
 
 
-def _write_run(run: RunDir, plan: Any, loaded: Any, attempt: int, request: Request | None = None) -> None:
+def write_run(run: RunDir, plan: Any, loaded: Any, attempt: int, request: Request) -> None:
+    """Write recipe.yaml, plan.json and env.json of an attempt. The device flags are kept for a resume."""
     from .recipe import dump_recipe
     from .stages import renumbered
 
-    flags = {"gpus": None, "cpu": None, "backend": plan.backend, "debug": plan.spec.debug}
-    if request is not None:
-        flags |= {"gpus": request.gpus, "cpu": request.cpu}
+    flags = {"gpus": request.gpus, "cpu": request.cpu, "backend": plan.backend, "debug": plan.spec.debug}
     plan = replace(plan, jobs=tuple(renumbered(job, run, attempt) for job in plan.jobs))
     if attempt == 1:
         write_atomic(run.recipe, dump_recipe(loaded))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-from cluster.failure import explain
 from cluster.job import Backend, ClusterError, JobHandle, JobSpec, JobState, JobStatus
 from cluster.processes import ProcessIdentity
 from cluster.registry import load
@@ -174,9 +173,8 @@ def failure_text(failure: dict[str, Any] | None) -> str:
         return ""
     who = f"rank {failure['rank']}: " if failure["rank"] >= 0 else ""
     lines = [f"{who}{failure['message']}"]
-    hint = failure["hint"] or explain(failure["message"] + "\n" + failure["traceback"])
-    if hint:
-        lines.append(hint)
+    if failure["hint"]:
+        lines.append(failure["hint"])
     if failure["kind"] == "bug" and failure["traceback"]:
         lines.append("\n".join(failure["traceback"].strip().splitlines()[-6:]))
     lines.append(f"log: {failure['log_file']}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.commands import LAUNCH, Launch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,3 +32,35 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"{name} changed; if that is meant: --update-golden"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One cache for the whole session, no hub, no GPU."""
+    cache = tmp_path_factory.mktemp("cache")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TUNELAUNCH_", "RANK", "WORLD_SIZE"))}
+    return {
+        **env,
+        "TUNELAUNCH_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cache / "hf"),
+        "COLUMNS": "120",
+    }
+
+
+@pytest.fixture(scope="session")
+def launch(environment: dict[str, str]) -> Launch:
+    """`launch("plan", "x.yaml", cwd=...)` -> the finished process, output as text."""
+
+    def run(*args: str, cwd: Path, timeout_s: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [LAUNCH, *args],
+            cwd=cwd,
+            env={**environment, **extra},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run

@@ -12,38 +12,6 @@ import pytest
 from support.commands import FP32, LAUNCH, ROOT, Launch, only_run
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One cache for the whole session, no hub, no GPU."""
-    cache = tmp_path_factory.mktemp("cache")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TUNELAUNCH_", "RANK", "WORLD_SIZE"))}
-    return {
-        **env,
-        "TUNELAUNCH_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cache / "hf"),
-        "COLUMNS": "120",
-    }
-
-
-@pytest.fixture(scope="session")
-def launch(environment: dict[str, str]) -> Launch:
-    """`launch("plan", "x.yaml", cwd=...)` -> the finished process, output as text."""
-
-    def run(*args: str, cwd: Path, timeout_s: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [LAUNCH, *args],
-            cwd=cwd,
-            env={**environment, **extra},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            stdin=subprocess.DEVNULL,
-        )
-
-    return run
-
-
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A user's folder: the tiny recipe under its own name, in a path with a space, a quote and Chinese."""

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = Path(sys.executable).with_name("launch")
 FP32 = ("--set", "model.dtype=fp32")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def train_only(folder: Path, recipe: str, cpu: int, name: str, sets: Sequence[str] = ()) -> Path:
+    """Plan and run the first two stages, prepare and train. Returns the run folder; the run must succeed."""
+    from launcher.progress import Progress
+    from launcher.run_dir import read_json, write_json
+    from launcher.start import Request, make_plan, write_run
+    from launcher.supervise import supervise
+
+    request = Request(str(folder / recipe), None, cpu, "torchrun", 1, folder / name, tuple(sets), False)
+    plan, loaded, run = make_plan(request)
+    assert not plan.refusals
+    run.create()
+    write_run(run, plan, loaded, 1, request)
+    data = read_json(run.plan)
+    write_json(run.plan, {**data, "jobs": data["jobs"][:2]})
+    code = supervise(run, 1, frozenset(), Progress(run, io.StringIO()))
+    log = run.logs(1, "train") / "rank_0.log"
+    assert code == 0, log.read_text(encoding="utf-8") if log.is_file() else run.status.read_text(encoding="utf-8")
+    return run.root
 
 
 def only_run(folder: Path) -> Path:

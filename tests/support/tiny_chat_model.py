@@ -1,5 +1,6 @@
 """A real model folder in milliseconds: a random Qwen2 of 2 layers with a byte-level tokenizer and ChatML."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,14 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["Who are you? I am a small model, and I answer questions.", "What is the capital of France?"] * 8
 
 
-def save_tiny_model(folder: Path, seed: int = 0, template: str | None = CHATML) -> Path:
-    """Config, fp32 weights and tokenizer; `seed` decides the weights. Chinese is spelt in bytes: 3 tokens a character."""
+def save_tiny_model(
+    folder: Path,
+    seed: int = 0,
+    template: str | None = CHATML,
+    corpus: Sequence[str] = CORPUS,
+    max_positions: int = 512,
+) -> Path:
+    """Config, fp32 weights and tokenizer; `seed` decides the weights. What `corpus` lacks is spelt in bytes."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -25,7 +32,7 @@ def save_tiny_model(folder: Path, seed: int = 0, template: str | None = CHATML) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
@@ -43,7 +50,7 @@ def save_tiny_model(folder: Path, seed: int = 0, template: str | None = CHATML) 
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=max_positions,
         initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -145,10 +145,15 @@ def test_settings_that_a_recipe_does_not_have() -> None:
         ("run:\n  name: a/b\n", "5:9", "run.name: a/b; expected a text without spaces or slashes", ""),
         ("run:\n  timeout_s: 00:30:00\n", "5:14", "'00:30:00' is a string; expected a whole number", "Write 1800"),
         ("evaluate:\n  strict: on\n", "5:11", "'on' is a string; expected true or false", "Write true"),
-        ("evaluate:\n  - {user: a, contains: b}\n", "5:25", "'b' is a string; expected a list of texts", "Write a list: [b]"),
+        (
+            "evaluate:\n  - {user: a, contains: b}\n",
+            "5:25",
+            "'b' is a string; expected a list of texts",
+            "Write a list: [b]",
+        ),
         ("evaluate:\n  - {user: a, contains: [1]}\n", "5:26", "prompts[1].contains[1]: 1 is a number", '"1"'),
         ("evaluate:\n  - {user: a, language: Chinese}\n", "5:25", "expected zh or en", "Write zh"),
-        ("train: 3\n", "4:8", "train is a section with keys of its own, not 3 is a number", ""),
+        ("train: 3\n", "4:8", "train is a section with keys of its own, not the value 3", ""),
         ("train:\n  epochs:3\n", "5:3", "train is a section", "space after the colon: `epochs: 3`"),
         ("train: [3]\n", "4:8", "train is a section with keys of its own, not a list", ""),
     ],
@@ -195,7 +200,10 @@ def test_null_is_not_default(lines: str, where: str, message: str) -> None:
 
 
 def test_null_where_it_means_not_set() -> None:
-    assert problems(f"{HEAD.replace('d.jsonl', '{files: d.jsonl, system: null}')}evaluate: [{{user: a, system: ~}}]\n") == []
+    assert (
+        problems(f"{HEAD.replace('d.jsonl', '{files: d.jsonl, system: null}')}evaluate: [{{user: a, system: ~}}]\n")
+        == []
+    )
 
 
 def test_missing_keys_come_with_an_example() -> None:
@@ -225,7 +233,11 @@ def test_missing_keys_come_with_an_example() -> None:
         ),
         ("train:\n  micro_batch: 4\n  global_batch: 2\n", "6:17", "cannot be made of micro_batch 4 (r.yaml:5:3)"),
         ("parallel:\n  offload: parameters\n", "5:12", "needs ZeRO stage 3; parallel.zero is auto (the default)"),
-        ("parallel:\n  zero: 2\n  offload: parameters\n", "6:12", "needs ZeRO stage 3; parallel.zero is 2 (r.yaml:5:9)"),
+        (
+            "parallel:\n  zero: 2\n  offload: parameters\n",
+            "6:12",
+            "needs ZeRO stage 3; parallel.zero is 2 (r.yaml:5:9)",
+        ),
         ("parallel:\n  zero: 0\n  offload: optimizer\n", "6:12", "parallel.zero is 0 (r.yaml:5:9)"),
         ("evaluate:\n  strict: true\n  prompts: [a]\n", "5:3", "no prompt (r.yaml:6:3) says what its answer must be"),
         ("evaluate:\n  strict: true\n", "5:3", "evaluate.strict has nothing to check"),
@@ -302,3 +314,12 @@ def test_absent_recipe_names_the_nearest() -> None:
     with pytest.raises(LaunchError) as caught:
         load_recipe(Path("mien.yaml"))
     assert "Did you mean mine.yaml?" in caught.value.hint
+
+
+def test_one_bad_prompt_does_not_hide_or_invent_others() -> None:
+    found = problems(HEAD + "evaluate:\n  strict: true\n  prompts:\n    - {user: 3}\n    - {user: a, regex: '('}\n")
+    assert [p.where for p in found] == ["r.yaml:7:14", "r.yaml:8:24"]
+
+
+def test_empty_expectations_are_none() -> None:
+    assert "nothing to check" in only(HEAD + "evaluate: {strict: true, prompts: [{user: a, contains: []}]}\n").message

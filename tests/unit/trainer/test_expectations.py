@@ -1,4 +1,5 @@
 import pytest
+
 from trainer.expectations import check, check_rules, describe, judge, repetition, script_share, tally
 from trainer.spec import PromptSpec, TrainError
 

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from support.tiny_chat_model import save_tiny_model
+
 from trainer.generate import (
     Continuation,
     check_folders,
@@ -70,7 +71,8 @@ def test_rows_of_a_batch_stop_independently(model, template):
 
     together = generate_answers(model, StopsEarly(), CONVERSATIONS, 24)
     assert together == [generate_answers(model, StopsEarly(), [c], 24)[0] for c in CONVERSATIONS]
-    assert together[0].stopped and together[0].num_tokens <= 3
+    assert together[0].stopped
+    assert together[0].num_tokens <= 3
     assert not all(a.stopped for a in together)
 
 
@@ -177,7 +179,7 @@ def test_what_is_no_model_folder_is_named(tmp_path):
         with pytest.raises(TrainError) as e:
             check_folders(str(path), None)
         assert said in str(e.value)
-    with pytest.raises(TrainError, match="no adapter_config.json"):
+    with pytest.raises(TrainError, match=r"no adapter_config\.json"):
         check_folders(str(save_tiny_model(tmp_path / "m")), str(empty))
 
 

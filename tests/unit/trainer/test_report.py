@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from support.handmade_run import make_prepared, make_spec, write_run
+
 from trainer.expectations import PromptResult, judge
 from trainer.report import build_report, duration, read_results, use_commands, write_report
 from trainer.report_html import MAX_POINTS, esc, line_chart, running_mean, thin, ticks
@@ -208,14 +209,21 @@ def test_commands_for_an_adapter_and_for_another_template():
     assert commands["Chat in the terminal"] == "launch chat /run/merged"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(1.26, "1.3 s"), (192, "3 min 12 s"), (59.99, "60.0 s"), (7505, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.26, "1.3 s"), (192, "3 min 12 s"), (59.99, "60.0 s"), (7505, "2 h 05 min")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 3.2, [0, 1, 2, 3, 4]), (0, 2e-4, [0, 5e-5, 1e-4, 1.5e-4, 2e-4]), (5, 5, [5]), (0.97, 1.02, [0.96, 0.98, 1, 1.02])],
+    [
+        (0, 3.2, [0, 1, 2, 3, 4]),
+        (0, 2e-4, [0, 5e-5, 1e-4, 1.5e-4, 2e-4]),
+        (5, 5, [5]),
+        (0.97, 1.02, [0.96, 0.98, 1, 1.02]),
+    ],
 )
 def test_ticks_are_round_and_enclose(low, high, expected):
     assert ticks(low, high, 4) == expected

@@ -1,0 +1,83 @@
+"""`launch recipes ...` as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli_recipes import app, complete_name
+from launcher.errors import LaunchError, RecipeError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args: str) -> str:
+    """What is printed. A LaunchError comes through: `launch` itself prints it."""
+    result = CliRunner().invoke(app, list(args))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_list() -> None:
+    lines = run("list").splitlines()
+    assert len(lines) == 18
+    assert any(line.startswith("qwen_qlora ") for line in lines)
+    assert run("list", "internlm2").splitlines()[0].startswith("internlm2_chat_1_8b_qlora ")
+    with pytest.raises(LaunchError, match="no shipped recipe fits 'bert'"):
+        run("list", "bert")
+
+
+def test_show_prints_the_file_with_its_comments() -> None:
+    assert "# Hardware: " in run("show", "qwen_qlora")
+
+
+def test_show_with_changes_prints_the_merged_values() -> None:
+    assert "learning_rate: 0.001" in run("show", "qwen_qlora", "--set", "train.learning_rate=1e-3")
+
+
+def test_show_origin() -> None:
+    lines = [line.split() for line in run("show", "qwen_qlora", "--origin", "--set", "train.max_steps=7").splitlines()]
+    assert ["train.max_steps", "7", "--set"] in lines
+    assert ["train.weight_decay", "0.0", "default"] in lines
+    source = next(line for line in lines if line[0] == "model.source")
+    assert source[2].endswith("recipes/qwen_qlora.yaml:6")
+    assert lines[-1][0] == "note:"
+    assert not any(line[0] == "train.epochs" for line in lines)
+
+
+def test_copy_then_check(folder: Path) -> None:
+    out = run("copy", "tiny_cpu", ".")
+    assert "wrote tiny_cpu.yaml" in out
+    assert "run it: launch tiny_cpu.yaml" in out
+    assert run("check", "tiny_cpu.yaml").startswith(f"ok: tiny_cpu.yaml: lora on random:{folder}/tiny")
+
+
+def test_check_reports_every_mistake(folder: Path) -> None:
+    (folder / "r.yaml").write_text("model: a/b\nlr: 1\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        run("check", "r.yaml")
+    assert len(caught.value.problems) == 3
+
+
+def test_schema_is_json() -> None:
+    assert json.loads(run("schema"))["title"] == "Recipe"
+
+
+def test_completion_offers_shipped_names() -> None:
+    assert complete_name("qwen_q") == ["qwen_qlora"]
+
+
+def test_importing_the_commands_costs_no_pydantic() -> None:
+    code = "import sys, launcher.cli_recipes; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
