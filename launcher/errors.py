@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -18,7 +19,7 @@ class LaunchError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Problem:
     """One mistake in a recipe or plan, ready to be printed on two or three lines."""
 
@@ -28,11 +29,17 @@ class Problem:
     hint: str = ""
 
 
+def _position(problem: Problem) -> list[tuple[int, str]]:
+    """Sort key under which line 2 comes before line 12."""
+    parts = re.split(r"(\d+)", problem.where)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts] + [(-1, problem.message)]
+
+
 class RecipeError(LaunchError):
     """All mistakes of a recipe at once."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        self.problems = sorted(set(problems))
+        self.problems = sorted(set(problems), key=_position)
         lines = []
         for p in self.problems:
             lines.append(f"{p.where}: {p.message}")

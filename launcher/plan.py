@@ -102,6 +102,7 @@ def plan_run(
     spec = dataclasses.replace(spec, deepspeed=deepspeed_config(spec.model, spec.optim, spec.parallel))
     memory = estimate_plan(spec, facts)
     warnings = [
+        *loaded.notes,
         *options.warnings,
         *selection.warnings,
         *memory_warnings(spec, memory, selection, facts, options.host_memory_gb),

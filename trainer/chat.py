@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    # A parent that ignores Ctrl-C, to leave it to the chat, has passed that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.temperature < 0:
         raise TrainError(f"--temperature {args.temperature:g} is negative", "Give 0 (greedy) or more, for example 0.7.")
     check_folders(args.model, args.adapter)

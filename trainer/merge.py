@@ -69,10 +69,12 @@ def run(args: argparse.Namespace) -> None:
         )
         if prompts is not None:
             report |= _proof(args, plan, folder, prompts)
+            proof = report["proof"]
             print(
-                f"compared with base + adapter: {report['proof']['summary']}, {time.perf_counter() - merged_at:.2f} s",
-                flush=True,
+                f"compared with base + adapter: {proof['summary']}, {time.perf_counter() - merged_at:.2f} s", flush=True
             )
+            for note in proof["notes"]:
+                print(f"note: {note}", flush=True)
         write_json(folder / REPORT, report)
     print(f"wrote {out}", flush=True)
     if report["verified"] is False:

@@ -256,11 +256,12 @@ def _from_random(model: ModelSpec) -> Path:
 
 def _make_random(source: Path, files: list[Path], out: Path, trust_remote_code: bool) -> None:
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, StrictDataclassError) as e:
         raise TrainError(f"{source / 'config.json'} cannot be used: {e}", "Check `model_type` and its values.") from e
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

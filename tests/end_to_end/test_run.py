@@ -46,9 +46,11 @@ def test_adapter_and_merged_model_load_elsewhere_and_agree(straight: Path) -> No
         [{"role": "user", "content": "你好"}], return_tensors="pt", add_generation_prompt=True, return_dict=False
     )
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-4)
+        merged_logits, tuned_logits = merged(ids).logits, tuned(ids).logits
         with tuned.disable_adapter():
-            assert not torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-3)
+            learnt = (tuned(ids).logits - tuned_logits).abs().mean()
+        # The merged weights are rounded to the base's dtype (bf16): far less than what was learnt.
+        assert (merged_logits - tuned_logits).abs().mean() < 0.1 * learnt
 
 
 def test_full_fine_tune_ends_in_a_whole_model(launch: Launch, work: Path) -> None:

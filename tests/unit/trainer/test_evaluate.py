@@ -1,17 +1,14 @@
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
-from support.commands import ROOT
 from support.handmade_run import make_prepared, make_spec, write_run
 from support.tiny_chat_model import save_tiny_model
 
-from trainer import evaluate
+from trainer import evaluate, worker
 from trainer.generate import generate_answers, load_for_generation
 from trainer.report import read_results
 from trainer.spec import PromptSpec, TrainError
@@ -141,17 +138,16 @@ def test_a_tokenizer_without_chat_template_continues_text(tmp_path, capsys):
     assert result.tuned.num_tokens == 3
 
 
-def test_folders_from_the_command_line_and_strict_exit_code(tmp_path, base, tuned):
+def test_folders_from_the_command_line_and_strict_exit_code(tmp_path, base, tuned, capsys):
     prompts = tmp_path / "prompts.json"
     rows = ["Who are you?", {"user": "你好", "contains": ["zzzz"]}]
     prompts.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     argv = ["--model", tuned, "--base", base, "--prompts", prompts, "--out", tmp_path / "out", "--max-new-tokens", 4]
-    command = [sys.executable, "-m", "trainer.worker", "evaluate", *map(str, argv), "--strict"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert "1 of 1 expectations not met" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "你好" in done.stdout
+    assert worker.main(["evaluate", *map(str, argv), "--strict"]) == 2
+    printed = capsys.readouterr()
+    assert "1 of 1 expectations not met" in printed.err
+    assert "Traceback" not in printed.err
+    assert "你好" in printed.out
     assert len(read_results(tmp_path / "out")) == 2
 
 

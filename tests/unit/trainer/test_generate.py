@@ -43,9 +43,12 @@ class Script:
 
     def __init__(self, template, token_ids):
         self.token_ids, self.said = [*token_ids, template.stop_token_ids[0]], 0
+        self.positions, self.masks = [], []
         self.device, self.vocab = CPU, len(template.tokenizer)
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
+        self.positions.append(position_ids.tolist())
+        self.masks.append(attention_mask.tolist() if attention_mask is not None else None)
         logits = torch.zeros(*input_ids.shape, self.vocab)
         logits[:, -1, self.token_ids[self.said]] = 1.0
         self.said += 1
@@ -60,6 +63,19 @@ def test_a_batch_answers_like_one_by_one(model, template):
     assert together == alone
     assert len({a.text for a in together}) == 4
     assert generate_answers(model, template, CONVERSATIONS, 24, batch_size=3) == alone
+
+
+def test_padded_rows_count_positions_from_their_own_beginning(template):
+    script = Script(template, [5, 6])
+    short, long = [("user", "Hi")], [("user", "Hi Hi")]
+    generate_answers(script, template, [long, short], 2)
+    length_short, length_long = (len(template.prompt_ids(c)) for c in (short, long))
+    padding = length_long - length_short
+    assert padding > 0
+    assert script.positions[0] == [[0] * padding + list(range(length_short)), list(range(length_long))]
+    assert script.positions[1] == [[length_short], [length_long]]
+    assert script.masks[0] == [[0] * padding + [1] * length_short, [1] * length_long]
+    assert script.masks[1] == [[0] * padding + [1] * (length_short + 1), [1] * (length_long + 1)]
 
 
 def test_rows_of_a_batch_stop_independently(model, template):

@@ -20,8 +20,8 @@ def test_every_document_once_and_no_row_too_long(seed):
     packed = rows(lengths, 100)
     assert sorted(d for row in packed for d in row) == list(range(500))
     assert max(lengths[row].sum() for row in packed) <= 100
-    # Best-fit decreasing needs at most 11/9 of the best number of rows, and one more (Johnson 1973).
-    assert len(packed) <= 11 / 9 * np.ceil(lengths.sum() / 100) + 1
+    fills = sorted(lengths[row].sum() for row in packed)
+    assert fills[0] + fills[1] > 100, "the two emptiest rows could have been one"
 
 
 def test_best_fit():

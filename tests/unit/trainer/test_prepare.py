@@ -1,0 +1,266 @@
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny_chat_model import save_tiny_model
+
+from trainer import prepare
+from trainer.data import TokenData
+from trainer.spec import (
+    CheckpointSpec,
+    DataFile,
+    DataSpec,
+    EvaluateSpec,
+    MethodSpec,
+    ModelSpec,
+    OptimSpec,
+    ParallelSpec,
+    PathsSpec,
+    Prepared,
+    TrainError,
+    TrainSpec,
+)
+from trainer.template import load_template
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write_chats(path, [(f"Question {i}?", f"Answer {i}: 我是小鹪。" * (1 + i % 4)) for i in range(30)])
+    return path
+
+
+def write_chats(path, pairs):
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def make(model, data_file, tmp_path):
+    """`make(**data settings)` writes a plan and returns it."""
+
+    def make(kind="folder", location=None, **settings):
+        location, run = str(location or model), tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        defaults = DataSpec(
+            files=(DataFile(str(data_file), "auto"),), system=None, template="model", max_length=256, packing=True,
+            too_long="truncate", max_rows=0, cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        names = [f.name for f in dataclasses.fields(PathsSpec) if f.name != "run_dir"]
+        spec = TrainSpec(
+            version=1,
+            run_id="r",
+            recipe_name="r",
+            package_root=str(ROOT),
+            model=ModelSpec(location, kind, location, "main", "bf16", False, str(tmp_path / "cache")),
+            method=MethodSpec("lora", 4, 8.0, 0.0, ("all-linear",), True),
+            data=dataclasses.replace(defaults, **settings),
+            optim=OptimSpec(1.0, 0, 1, 1, 1e-4, "cosine", 0.0, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False),
+            parallel=ParallelSpec("cpu", 1, 1, 1, 2, "none", 1, 60),
+            checkpoint=CheckpointSpec(0, 2),
+            evaluate=EvaluateSpec((), 16, 0, 2, False),
+            paths=PathsSpec(run_dir=str(run), **{n: str(run / n) for n in names}),
+            deepspeed={},
+            debug=False,
+        )
+        (run / "plan.json").write_text(json.dumps({"spec": spec.to_dict()}), encoding="utf-8")
+        return run / "plan.json"
+
+    return make
+
+
+def run(plan):
+    """Prepared and TokenData of a finished run."""
+    prepare.run(argparse.Namespace(plan=str(plan)))
+    prepared = Prepared.read(str(plan.parent / "prepared"))
+    return prepared, TokenData.open(prepared.data_dir)
+
+
+def test_prepare(make, model, capsys):
+    plan = make()
+    prepared, data = run(plan)
+    assert prepared.model_dir == str(model)
+    assert (prepared.num_documents, prepared.num_rows) == (30, data.num_rows)
+    assert prepared.num_tokens == data.tokens_per_row.sum()
+    assert prepared.num_supervised_tokens == data.supervised_per_row.sum()
+    assert data.num_rows < 30
+    assert data.tokens_per_row.max() <= 256
+    events = [json.loads(line) for line in (plan.parent / "events").read_text(encoding="utf-8").splitlines()]
+    assert [(e["event"], e["num_documents"], e["reused"]) for e in events] == [("prepared", 30, False)]
+    out = capsys.readouterr().out
+    assert "prompts 30 of 30, whole conversations 30 of 30" in out
+    assert "data: 30 rows -> 30 documents" in out
+    assert "left out" not in out
+
+
+def test_rows_hold_the_text_of_the_file(make, model, data_file):
+    _, data = run(make())
+    tokenizer = load_template(str(model), "model").tokenizer
+    seen = []
+    for row in range(data.num_rows):
+        batch, at = data.batch([row], 256), 0
+        for length, source in zip(batch.document_lengths, data.sources(row), strict=False):
+            labels = [i for i in batch.labels_1T[0, at : at + length].tolist() if i != -100]
+            line = int(source.removeprefix(f"{data_file}:"))
+            answer = f"Answer {line - 1}: 我是小鹪。" * (1 + (line - 1) % 4)
+            assert tokenizer.decode(labels) == answer + "<|im_end|>"
+            seen.append(line)
+            at += length
+    assert sorted(seen) == list(range(1, 31))
+
+
+def test_the_second_run_finds_the_tokens_and_imports_no_torch(make):
+    plan = make()
+    first, _ = run(plan)
+    code = (
+        "import sys, argparse; from trainer import prepare; "
+        f"prepare.run(argparse.Namespace(plan={str(plan)!r})); "
+        "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "tokens found in" in done.stdout
+    assert "data: 30 rows -> 30 documents" in done.stdout
+    assert Prepared.read(str(plan.parent / "prepared")) == first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 300},
+        {"packing": False},
+        {"too_long": "drop"},
+        {"max_rows": 29},
+        {"system": "Be kind."},
+    ],
+)
+def test_other_settings_are_another_entry(make, settings):
+    assert run(make())[0].data_dir != run(make(**settings))[0].data_dir
+
+
+def test_another_tokenizer_template_or_content_is_another_entry(make, model, data_file, tmp_path):
+    entries = {run(make())[0].data_dir}
+    copy = shutil.copytree(model, tmp_path / "copy")
+    entries.add(run(make(location=copy))[0].data_dir)
+    assert len(entries) == 1, "the same model in another place"
+    shutil.copy(data_file, tmp_path / "same.jsonl")
+    entries.add(run(make(files=(DataFile(str(tmp_path / "same.jsonl"), "auto"),)))[0].data_dir)
+    assert len(entries) == 1, "the same data in another place"
+    template = (copy / "chat_template.jinja").read_text(encoding="utf-8")
+    (copy / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|> "), encoding="utf-8")
+    entries.add(run(make(location=copy))[0].data_dir)
+    (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
+    entries.add(run(make(template=str(tmp_path / "t.jinja")))[0].data_dir)
+    data_file.write_text(data_file.read_text(encoding="utf-8").replace("Answer 3:", "Answer 4:"), encoding="utf-8")
+    entries.add(run(make())[0].data_dir)
+    assert len(entries) == 4
+
+
+def test_a_damaged_entry_is_made_again(make, capsys):
+    prepared, data = run(make())
+    expected = data.batch([0], 256).input_ids_1T.tolist()
+    tokens = Path(prepared.data_dir) / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-8])
+    capsys.readouterr()
+    again, data = run(make())
+    assert again == prepared
+    assert "is damaged (tokens.bin has" in capsys.readouterr().out
+    assert data.batch([0], 256).input_ids_1T.tolist() == expected
+
+
+def test_nothing_is_left_of_a_failed_run(make, data_file, tmp_path):
+    with data_file.open("a", encoding="utf-8") as f:
+        f.write('{"messages": [\n')
+    with pytest.raises(TrainError, match=r"data\.jsonl:31: not valid JSON"):
+        run(make())
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+    assert not (tmp_path / "run" / "prepared").exists()
+
+
+def test_another_process_may_make_the_entry_first(make, monkeypatch):
+    plan = make()
+    build = prepare._build
+
+    def slower(folder, spec, model_dir):
+        build(folder, spec, model_dir)
+        if not slower.done:
+            slower.done = True
+            command = [sys.executable, "-m", "trainer.worker", "prepare", "--plan", str(plan)]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+    slower.done = False
+    monkeypatch.setattr(prepare, "_build", slower)
+    prepared, data = run(plan)
+    assert slower.done
+    assert prepared.num_rows == data.num_rows
+    assert [p.name for p in Path(prepared.data_dir).parent.iterdir()] == [Path(prepared.data_dir).name]
+
+
+def test_long_documents_are_cut_or_dropped_and_counted(make, data_file, capsys):
+    # Lines 1 and 2 fit into 60 tokens, 3 loses the end of its answer, 4 all of it; 5 has an empty one.
+    write_chats(data_file, [("a", "b"), ("c", "d"), ("e", "f" * 200), ("g" * 300, "h"), ("i", "")])
+    cut, data = run(make(max_length=60, packing=False))
+    assert [data.sources(r)[0].split(":")[-1] for r in range(data.num_rows)] == ["1", "2", "3"]
+    assert data.tokens_per_row.tolist()[2] == 60
+    out = capsys.readouterr().out
+    assert "1 documents cut to 60 tokens" in out
+    assert "2 rows left out: no token to learn" in out
+    dropped, data = run(make(max_length=60, packing=False, too_long="drop"))
+    assert (cut.num_documents, dropped.num_documents) == (3, 2)
+    out = capsys.readouterr().out
+    assert "2 documents of more than 60 tokens left out" in out
+    assert "1 rows left out: no token to learn" in out
+
+
+def test_nothing_to_learn_is_an_error(make):
+    with pytest.raises(TrainError, match="none of the 30 rows has a token to learn") as caught:
+        run(make(max_length=8))
+    assert "max_length" in caught.value.hint
+
+
+def test_more_rows_than_one_chunk(make, data_file, monkeypatch):
+    whole, data = run(make(packing=False))
+    monkeypatch.setattr(prepare, "CHUNK_ROWS", 7)
+    shutil.rmtree(whole.data_dir)
+    pieces, again = run(make(packing=False))
+    assert pieces == whole
+    for row in range(30):
+        assert again.sources(row) == [f"{data_file}:{row + 1}"]
+        assert again.batch([row], 256).labels_1T.tolist() == data.batch([row], 256).labels_1T.tolist()
+
+
+def test_text_needs_no_template_and_chat_does(make, tmp_path, data_file):
+    base = save_tiny_model(tmp_path / "base", template=None)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "从前有座山"}\n', encoding="utf-8")
+    prepared, _ = run(make(location=base, files=(DataFile(str(text), "auto"),)))
+    assert prepared.num_supervised_tokens == prepared.num_tokens - 1, "all but the first token, and the end of text"
+    with pytest.raises(TrainError, match="has no chat template") as caught:
+        run(make(location=base))
+    assert "data.template" in caught.value.hint
+    assert f"{data_file}:1" in caught.value.message
+
+
+def test_a_tokenizer_of_another_model_is_refused(make, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 100}), encoding="utf-8")
+    with pytest.raises(TrainError, match="beyond the model's 100 embeddings"):
+        run(make(location=other))
+
+
+def test_a_missing_file_is_said_before_anything_is_loaded(make, tmp_path):
+    with pytest.raises(TrainError, match=r"absent\.jsonl does not exist"):
+        run(make(files=(DataFile(str(tmp_path / "absent.jsonl"), "auto"),)))
