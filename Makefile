@@ -39,7 +39,7 @@ test: install
 check: install
 	@$(BIN)/ruff format --check launcher cluster trainer tests
 	$(BIN)/ruff check launcher cluster trainer tests
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
 
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,8 @@ def chat(
     options |= {"max-new-tokens": max_new_tokens, "temperature": temperature}
     argv = [sys.executable, "-P", "-m", ENTRYPOINT, "chat", "--package-root", str(PACKAGE_ROOT)]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    # Ctrl-C belongs to the chat, which stops its answer; here it would end the launcher and take the chat with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return subprocess.call([*argv, "--model", str(model), *_flags(options)], env=environment)
 
 

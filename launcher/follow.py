@@ -12,7 +12,7 @@ from cluster.processes import is_alive, signal_process
 from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
 
 from .errors import LaunchError
-from .progress import Progress
+from .progress import Follower, Progress
 from .run_dir import RunDir, read_json
 from .status import RUNNING, SUCCEEDED, Status, read_status
 from .supervise import failure_text, job_from_dict
@@ -64,6 +64,7 @@ def print_end(run: RunDir, code: int) -> None:
             print("\n" + table.read_text(encoding="utf-8").rstrip())
         elif evaluate_log.is_file():
             print("\n" + tail(evaluate_log, 40))
+        print(_memory_line(run), end="")
         print(f"\nmodel    {run.merged}\nreport   {run.report / 'report.html'}\nchat     launch chat {run.root}")
         return
     print(f"\n{status.stage} {status.state}", file=sys.stderr)
@@ -71,6 +72,19 @@ def print_end(run: RunDir, code: int) -> None:
         print(failure_text(status.failure), file=sys.stderr)
     if any(run.checkpoints.glob("step_*/manifest.json")):
         print(f"continue: launch runs resume {run.root}", file=sys.stderr)
+
+
+def _memory_line(run: RunDir) -> str:
+    """For a debug run: what it used, what a whole run is estimated to need, and what the device has. Else ""."""
+    plan = read_json(run.plan)
+    if not plan["spec"]["debug"] or plan["memory"] is None:
+        return ""
+    used = max(row["memory_gb"] for row in Follower(run.metrics).rows())
+    has = [f"{d['name']} {d['memory_total_gb']:.1f} GB" for d in plan["devices"]]
+    return (
+        f"\nmemory   {used:.1f} GB used in these steps, {plan['memory']['total_gb']:.1f} GB estimated for the whole run; "
+        f"device: {', '.join(has) or 'CPU'}\n"
+    )
 
 
 def print_logs(run: RunDir, stage: str | None, rank: int | None, lines: int, follow: bool) -> None:

@@ -205,6 +205,7 @@ def _go(run: RunDir, attempt: int, done: frozenset[str], detached: bool) -> int:
 
     if detached:
         pid = detach(run, attempt, done)
+        _wait_for_supervisor(run, pid)
         print(f"{run.run_id} runs in the background (pid {pid})")
         print(f"  watch: launch runs watch {run.root}\n  stop:  launch runs stop {run.root}")
         return EXIT_OK
@@ -213,6 +214,16 @@ def _go(run: RunDir, attempt: int, done: frozenset[str], detached: bool) -> int:
     code = supervise(run, attempt, done, terminal(run))
     _say_end(run, code)
     return code
+
+
+def _wait_for_supervisor(run: RunDir, pid: int) -> None:
+    """Return once the supervisor has reported. Raises LaunchError with what it printed when it does not."""
+    deadline = time.monotonic() + FOLLOW_WAIT_S
+    while not (run.status.is_file() and read_json(run.status)["pid"] == pid):
+        if time.monotonic() > deadline:
+            said = run.supervisor_log.read_text(encoding="utf-8", errors="replace").strip()
+            raise LaunchError(f"the supervisor (pid {pid}) did not start", said or f"See {run.supervisor_log}", 70)
+        time.sleep(0.05)
 
 
 def _say_end(run: RunDir, code: int) -> None:

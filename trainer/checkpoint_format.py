@@ -214,6 +214,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def num_threads(num_tasks: int = 16) -> int:
+    """Threads for work on files: one for each task and each processor of ours, 16 at most."""
+    return max(1, min(num_tasks, len(os.sched_getaffinity(0)), 16))
+
+
 def verify(step_dir: Path, hashes: bool = True) -> list[str]:
     """Everything that is wrong with a checkpoint, each sentence naming its file; [] when it can be trusted.
 
@@ -227,7 +232,7 @@ def verify(step_dir: Path, hashes: bool = True) -> list[str]:
     broken = {shard.file: _shard_problems(step_dir / shard.file, shard, manifest) for shard in manifest.files}
     if hashes:
         whole = [shard for shard in manifest.files if not broken[shard.file]]
-        with ThreadPoolExecutor(max(1, min(len(whole), len(os.sched_getaffinity(0))))) as threads:
+        with ThreadPoolExecutor(num_threads(len(whole))) as threads:
             found = threads.map(lambda shard: _hash_problem(step_dir, shard, manifest), whole)
             for shard, problem in zip(whole, found, strict=True):
                 broken[shard.file] = [problem] if problem else []

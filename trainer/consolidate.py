@@ -10,11 +10,9 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from .checkpoint_format import (
     Manifest,
     list_checkpoints,
     newest_verified,
+    num_threads,
     read_manifest,
     sha256_file,
     verify,
@@ -47,6 +46,7 @@ from .tensor_files import (
     all_finite,
     converted,
     from_float32,
+    in_order,
     parse_size,
     plan_shards,
     write_index,
@@ -229,10 +229,11 @@ def write(plan: Plan, out: Path) -> dict[str, Any]:
     with new_folder(out) as folder:
         with contextlib.ExitStack() as stack:
             pieces = _pieces(plan, stack)
+            pool = stack.enter_context(ThreadPoolExecutor(num_threads()))
             for shard in plan.shards:
                 with SafetensorsWriter(folder / shard.file, shard.tensors) as writer:
                     for tensor in shard.tensors:
-                        _write_tensor(plan, tensor, pieces, writer, learned)
+                        _write_tensor(plan, tensor, pieces, writer, pool, learned)
         _check_learned(plan.manifest, learned)
         if plan.manifest.method == "full":
             assert plan.base is not None
@@ -261,8 +262,14 @@ def _pieces(plan: Plan, stack: contextlib.ExitStack) -> dict[str, list[Piece]]:
 
 
 def _write_tensor(
-    plan: Plan, tensor: TensorSpec, pieces: dict[str, list[Piece]], writer: SafetensorsWriter, learned: dict[str, bool]
+    plan: Plan,
+    tensor: TensorSpec,
+    pieces: dict[str, list[Piece]],
+    writer: SafetensorsWriter,
+    pool: ThreadPoolExecutor,
+    learned: dict[str, bool],
 ) -> None:
+    """Append one tensor; `learned` gets, for a lora_B, whether it holds anything but zeros."""
     if tensor.name in plan.untrained:
         kept = plan.untrained[tensor.name]
         with TensorFile(kept.path) as file:
@@ -274,20 +281,24 @@ def _write_tensor(
         return
     parameter = plan.parameters[tensor.name]
     watch = ".lora_B." in tensor.name
-    for master in _masters(parameter, pieces[parameter]):
+
+    def rounded(place: tuple[TensorFile, int, int]) -> tuple[np.ndarray, bool]:
+        file, start, numel = place
+        master = file.read(f"{parameter}|master", start, numel)
         values = from_float32(master, tensor.dtype)
         if not all_finite(values, tensor.dtype):
             raise _not_finite(parameter, master, plan)
-        if watch:
-            learned[tensor.name] = learned.get(tensor.name, False) or bool(master.any())
+        return values, watch and bool(master.any())
+
+    places = (
+        (file, start, min(CHUNK, numel - start))
+        for _, numel, file in pieces[parameter]
+        for start in range(0, numel, CHUNK)
+    )
+    for values, moved in in_order(pool, rounded, places):
         writer.write(tensor.name, values)
-
-
-def _masters(parameter: str, pieces: list[Piece]) -> Iterator[np.ndarray]:
-    """The flattened fp32 parameter, at most CHUNK elements at a time."""
-    for _, numel, file in pieces:
-        for at in range(0, numel, CHUNK):
-            yield file.read(f"{parameter}|master", at, min(CHUNK, numel - at))
+        if watch:
+            learned[tensor.name] = learned.get(tensor.name, False) or moved
 
 
 def _not_finite(parameter: str, master: np.ndarray, plan: Plan) -> TrainError:
@@ -313,7 +324,7 @@ def _check_learned(manifest: Manifest, learned: dict[str, bool]) -> None:
 def _report(plan: Plan, folder: Path) -> dict[str, Any]:
     manifest = plan.manifest
     files = [shard.file for shard in plan.shards]
-    with ThreadPoolExecutor(min(len(files), len(os.sched_getaffinity(0)))) as threads:
+    with ThreadPoolExecutor(num_threads(len(files))) as threads:
         hashes = dict(zip(files, threads.map(lambda name: sha256_file(folder / name), files), strict=True))
     return {
         "format": "tunelaunch-consolidation-1",

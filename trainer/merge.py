@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from .lora_adapter import Adapter, LoraPair, plan_pairs, read_adapter
 from .model_folder import copy_companions, has_tokenizer, read_config, stored_tensors, write_config
 from .spec import TrainError
 from .tensor_files import (
+    NUMPY_DTYPES,
     STORED_DTYPES,
     SafetensorsWriter,
     Shard,
@@ -26,6 +29,7 @@ from .tensor_files import (
     TensorFile,
     all_finite,
     converted,
+    in_order,
     parse_size,
     plan_shards,
     write_index,
@@ -33,6 +37,7 @@ from .tensor_files import (
 from .tensor_header import TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 REPORT = "merge_report.json"
@@ -148,10 +153,11 @@ def write(plan: Plan, folder: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         paths = {tensor.path for tensor in plan.stored.values()}
         files = {path: stack.enter_context(TensorFile(path)) for path in (*paths, plan.adapter.path)}
+        pool = stack.enter_context(_one_thread_each())
         for shard in plan.shards:
             with SafetensorsWriter(folder / shard.file, shard.tensors) as writer:
                 for tensor in shard.tensors:
-                    _write_tensor(plan, tensor, files, writer)
+                    _write_tensor(plan, tensor, files, writer, pool)
     write_index(folder, plan.shards)
     write_config(plan.config, folder, plan.dtype)
     copy_companions(plan.base, folder)
@@ -167,11 +173,30 @@ def write(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_tensor(plan: Plan, tensor: TensorSpec, files: dict[Path, TensorFile], writer: SafetensorsWriter) -> None:
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch would use threads, each with a torch of one thread.
+
+    OpenMP's threads meet at a barrier after every operation, which makes a merge 8 times slower on a busy machine.
+    """
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _write_tensor(
+    plan: Plan, tensor: TensorSpec, files: dict[Path, TensorFile], writer: SafetensorsWriter, pool: ThreadPoolExecutor
+) -> None:
     source = plan.stored[tensor.name]
     file = files[source.path]
     if tensor.name in plan.pairs:
-        _write_merged(plan.pairs[tensor.name], tensor, file, files[plan.adapter.path], writer)
+        _write_merged(plan.pairs[tensor.name], tensor, file, files[plan.adapter.path], writer, pool)
     elif source.entry.dtype == tensor.dtype:
         writer.copy(tensor.name, file, source.entry)
     else:
@@ -180,31 +205,40 @@ def _write_tensor(plan: Plan, tensor: TensorSpec, files: dict[Path, TensorFile],
 
 
 def _write_merged(
-    pair: LoraPair, tensor: TensorSpec, base: TensorFile, adapter: TensorFile, writer: SafetensorsWriter
+    pair: LoraPair,
+    tensor: TensorSpec,
+    base: TensorFile,
+    adapter: TensorFile,
+    writer: SafetensorsWriter,
+    pool: ThreadPoolExecutor,
 ) -> None:
     """W + scaling * B @ A, in blocks of whole rows of W. The order of operations is that of peft's LoraLayer."""
     import torch
 
     lora_a, lora_b = _load_fp32(adapter, pair.lora_a), _load_fp32(adapter, pair.lora_b)
     entry = base.entries[tensor.name]
-    num_rows, num_columns = entry.shape
-    weight = torch.empty(0, dtype=_torch_dtypes()[entry.dtype])
-    for first, last in row_blocks(num_rows, num_columns):
-        weight.resize_(last - first, num_columns)
-        offset = entry.start + first * num_columns * weight.element_size()
-        base.read_bytes_into(offset, weight.view(torch.uint8).numpy().reshape(-1).data)
-        update = (
-            torch.mm(lora_b, lora_a[:, first:last]).t() if pair.transposed else torch.mm(lora_b[first:last], lora_a)
-        )
+    num_columns = entry.shape[1]
+
+    def merged_rows(block: tuple[int, int]) -> np.ndarray:
+        first, last = block
+        weight = torch.empty(last - first, num_columns, dtype=_torch_dtypes()[entry.dtype])
+        base.read_bytes_into(entry.start + first * num_columns * weight.element_size(), _bytes_of(weight))
+        if pair.transposed:
+            update = torch.mm(lora_b, lora_a[:, first:last]).t()
+        else:
+            update = torch.mm(lora_b[first:last], lora_a)
         update *= pair.scaling
         update += weight
-        values = update.to(_torch_dtypes()[tensor.dtype]).contiguous().view(torch.uint8).numpy()
-        if not all_finite(values.view("u2" if tensor.dtype != "F32" else "f4"), tensor.dtype):
+        stored = update.to(_torch_dtypes()[tensor.dtype]).contiguous().view(torch.uint8).numpy()
+        if not all_finite(stored.view(NUMPY_DTYPES[tensor.dtype]), tensor.dtype):
             raise TrainError(
                 f"{tensor.name} is not finite after merging as {tensor.dtype}",
                 "fp16 ends at 65504: try --dtype bf16; if that fails too, base or adapter hold NaN or infinity.",
             )
-        writer.write(tensor.name, values)
+        return stored
+
+    for rows in in_order(pool, merged_rows, row_blocks(*entry.shape)):
+        writer.write(tensor.name, rows)
 
 
 def row_blocks(num_rows: int, num_columns: int) -> list[tuple[int, int]]:
@@ -224,8 +258,15 @@ def _load_fp32(file: TensorFile, name: str) -> torch.Tensor:
 
     entry = file.entries[name]
     flat = torch.empty(entry.shape, dtype=_torch_dtypes()[entry.dtype])
-    file.read_bytes_into(entry.start, flat.view(torch.uint8).numpy().reshape(-1).data)
+    file.read_bytes_into(entry.start, _bytes_of(flat))
     return flat.float()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    return tensor.view(torch.uint8).numpy().reshape(-1).data
 
 
 def _torch_dtypes() -> dict[str, torch.dtype]:

@@ -39,7 +39,7 @@ class Limits:
 # Measured on SmolLM2-135M (bf16 weights, rank 8 to 64, 1 to 24 steps). A weight of the base lies on bf16's grid, so an
 # update below half a step of that grid is rounded away: a correct bf16 merge differs by 0.02 to 0.09 of the spread and
 # by 0.02 (well trained) to 0.9 (one step, no visible effect) of the adapter's effect, and PEFT's own merge gives the
-# same bits. A merge that was left out differs by exactly the effect. In fp32 a correct merge differs by 0.000003 of the
+# same bits. A merge that was left out differs by exactly the effect. In fp32 a correct merge differs by 0.000004 of the
 # spread, one of 210 updates left out by 0.007. Agreement of the first-ranked token (0.90 to 1.00 for a correct bf16
 # merge) is reported but not judged: it is lower for a correct merge of a short training than for a scale wrong by 10 %
 # of a long one.
@@ -170,11 +170,15 @@ def _tokenise(base: Path, prompts: list[str], trust_remote_code: bool) -> list[A
 
 def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    config: Any = _loaded(folder, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        # The weights were found to be floats: this would only quantise them while they are loaded.
+        del config.quantization_config
     load = AutoModelForCausalLM.from_pretrained
-    return _loaded(folder, load, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
+    return _loaded(folder, load, config=config, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
 
 
 def _loaded(folder: Path, load: Any, **options: Any) -> Any:

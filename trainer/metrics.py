@@ -35,10 +35,10 @@ def read_lines(path: str) -> list[dict[str, Any]]:
 
 
 def peak_memory_gb(device: str) -> float:
-    """Peak memory of this process so far: allocated on the GPU, or resident on CPU."""
+    """Peak memory of this process so far in 2**30 bytes: allocated on the GPU, or resident on CPU."""
     if device == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

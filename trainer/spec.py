@@ -253,7 +253,7 @@ def read_plan(path: str) -> TrainSpec:
 
 def _build(kind: Any, value: Any) -> Any:
     """JSON value -> dataclass / tuple / scalar of type `kind`. Keys must match exactly: a plan is machine-written."""
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         names = {f.name for f in dataclasses.fields(kind)}
         if set(value) != names:

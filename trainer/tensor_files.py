@@ -9,11 +9,13 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +26,11 @@ from .tensor_header import FLOAT_DTYPES, TensorEntry, TensorSpec, pack_header, r
 CHUNK = 2**18
 """Elements converted at a time: 1 MiB of fp32, so that the passes of a rounding stay in the processor's cache."""
 COPY_BYTES = 2**26
+AHEAD = 16
+"""Pieces that may be computed before the first of them is written."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 NUMPY_DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "F16": np.float16,
@@ -140,7 +147,9 @@ class SafetensorsWriter:
 
     def _account(self, name: str, size: int) -> None:
         expected, left = self._left[-1]
-        assert (name, size <= left) == (expected, True), f"{self.path}: {size} bytes of {name}, not {left} of {expected}"
+        assert (name, size <= left) == (expected, True), (
+            f"{self.path}: {size} bytes of {name}, not {left} of {expected}"
+        )
         if size == left:
             self._left.pop()
         else:
@@ -212,6 +221,17 @@ def converted(source: TensorFile, name: str, dtype: str) -> Iterator[np.ndarray]
 
 def _finite_hint(dtype: str) -> str:
     return "fp16 ends at 65504: use --dtype bf16 or fp32." if dtype == "F16" else "The weights are broken."
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results of `function` in the order of `items`, computed by the pool a few items ahead: memory stays bounded."""
+    pending: deque[Future[Result]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 @dataclass(frozen=True)

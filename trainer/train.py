@@ -108,8 +108,7 @@ class Step:
 
 def train_step(engine: Any, spec: TrainSpec, data: TokenData, ranks: Ranks, step: int) -> Step:
     """One optimizer step. Collective: every rank must call."""
-    seconds = dict.fromkeys(("data", "forward", "backward", "optimizer", "communication"), 0.0)
-    clock = Clock(seconds)
+    clock = Clock()
     dp = spec.parallel.dp
     # Every rank knows the rows of all ranks, so the number of supervised tokens needs no communication.
     rows_of_dp = [step_rows(step, rank, data.num_rows, spec.optim, dp) for rank in range(dp)]
@@ -136,7 +135,7 @@ def train_step(engine: Any, spec: TrainSpec, data: TokenData, ranks: Ranks, step
     if not math.isfinite(loss) and spec.model.dtype != "fp16":
         raise _not_finite(loss, step, rows, data)
     norm = engine.get_global_grad_norm() or 0.0
-    return Step(loss, tokens, supervised, float(norm), skipped, totals[1].item() > 0, seconds)
+    return Step(loss, tokens, supervised, float(norm), skipped, totals[1].item() > 0, clock.seconds)
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimSpec) -> float:
@@ -187,13 +186,13 @@ class Progress:
 class Clock:
     """Adds the seconds since the last lap to a named total."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name] += now - self.last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
 

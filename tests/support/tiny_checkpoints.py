@@ -18,7 +18,9 @@ SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_siz
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 
 
-def save_base(folder: Path, family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+def save_base(
+    folder: Path, family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> Path:
     """A model with random weights, and a byte-level tokenizer with a chat template, in `folder`."""
     torch.manual_seed(0)
     if family == "gpt2":
@@ -74,7 +76,9 @@ def save_checkpoint(folder: Path, masters: dict[str, torch.Tensor], num_ranks: i
             if low < high:
                 fragments[name] = (low - at, high - low)
                 piece = tensor.detach().float().flatten()[low - at : high - at]
-                tensors |= {f"{name}|{state}": piece.clone() if state == "master" else piece * 0 - 7 for state in STATES}
+                tensors |= {
+                    f"{name}|{state}": piece.clone() if state == "master" else piece * 0 - 7 for state in STATES
+                }
             at += tensor.numel()
         path = folder / shard_file_name(rank)
         save_file(tensors, str(path))

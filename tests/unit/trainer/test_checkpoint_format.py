@@ -9,7 +9,14 @@ import pytest
 import torch
 from support.tiny_checkpoints import save_checkpoint
 
-from trainer.checkpoint_format import list_checkpoints, newest_verified, read_manifest, sha256_file, verify, write_manifest
+from trainer.checkpoint_format import (
+    list_checkpoints,
+    newest_verified,
+    read_manifest,
+    sha256_file,
+    verify,
+    write_manifest,
+)
 from trainer.spec import TrainError
 
 ROOT = Path(__file__).parents[3]

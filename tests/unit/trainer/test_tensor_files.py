@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trainer.disk import new_folder, publish_folder, read_json, require_space, write_json
@@ -67,9 +66,9 @@ def test_copying_works_where_the_kernel_cannot_copy_between_the_files(tmp_path, 
 
     save_file({"b": torch.randn(400, 700)}, tmp_path / "theirs", {"format": "pt"})
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    with TensorFile(tmp_path / "theirs") as theirs:
-        with SafetensorsWriter(tmp_path / "ours", [TensorSpec("b", "F32", (400, 700))]) as ours:
-            ours.copy("b", theirs, theirs.entries["b"])
+    spec = TensorSpec("b", "F32", (400, 700))
+    with TensorFile(tmp_path / "theirs") as theirs, SafetensorsWriter(tmp_path / "ours", [spec]) as ours:
+        ours.copy("b", theirs, theirs.entries["b"])
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -111,7 +110,12 @@ def test_a_header_that_breaks_the_format_is_refused_by_name(tmp_path, header, op
 def test_an_absent_short_or_unusual_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "short").write_bytes(b"abc")
-    for name, said in (("absent", "cannot be read"), ("short", "too few"), ("pipe", "not a regular file"), (".", "not a reg")):
+    for name, said in (
+        ("absent", "cannot be read"),
+        ("short", "too few"),
+        ("pipe", "not a regular file"),
+        (".", "not a reg"),
+    ):
         with pytest.raises(TrainError, match=said):
             read_header(tmp_path / name)
 
@@ -119,7 +123,9 @@ def test_an_absent_short_or_unusual_file_is_refused_without_waiting(tmp_path):
 def test_bf16_rounding_is_that_of_torch_for_every_kind_of_number():
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 2_000_000, dtype=np.uint32)
-    halves = (np.arange(2**16, dtype=np.uint32) << 16)[:, None] + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    halves = (np.arange(2**16, dtype=np.uint32) << 16)[:, None] + np.array(
+        [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32
+    )
     values = np.concatenate([bits, halves.ravel()]).view(np.float32)
     ours = torch.from_numpy(bf16_bits(values)).view(torch.bfloat16)
     theirs = torch.from_numpy(values).bfloat16()
@@ -163,7 +169,13 @@ def test_shards_keep_the_order_and_the_limit(tmp_path):
 
 
 def test_sizes():
-    assert [parse_size(t) for t in ("5GB", "1.5 MB", "2GiB", "700", "3k")] == [5 * 10**9, 1_500_000, 2 * 2**30, 700, 3000]
+    assert [parse_size(t) for t in ("5GB", "1.5 MB", "2GiB", "700", "3k")] == [
+        5 * 10**9,
+        1_500_000,
+        2 * 2**30,
+        700,
+        3000,
+    ]
     for text in ("", "GB", "-1GB", "0", "5 apples", "1e9"):
         with pytest.raises(TrainError, match="not a size"):
             parse_size(text)
@@ -173,9 +185,12 @@ def test_a_file_over_the_size_limit_is_an_error_that_names_it(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(TrainError, match="cannot write") as e:
-            with new_folder(tmp_path / "out") as folder, SafetensorsWriter(folder / "big", [TensorSpec("a", "F32", (10**6,))]) as w:
-                w.write("a", np.zeros(10**6, np.float32))
+        with (
+            pytest.raises(TrainError, match="cannot write") as e,
+            new_folder(tmp_path / "out") as folder,
+            SafetensorsWriter(folder / "big", [TensorSpec("a", "F32", (10**6,))]) as w,
+        ):
+            w.write("a", np.zeros(10**6, np.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "big" in e.value.message
@@ -183,7 +198,9 @@ def test_a_file_over_the_size_limit_is_an_error_that_names_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "word"), [(errno.ENOSPC, "Free some space"), (errno.EROFS, "read-only"), (errno.EIO, "dmesg")])
+@pytest.mark.parametrize(
+    ("number", "word"), [(errno.ENOSPC, "Free some space"), (errno.EROFS, "read-only"), (errno.EIO, "dmesg")]
+)
 def test_what_the_disk_refuses_is_explained(tmp_path, monkeypatch, number, word):
     real = os.write
 
@@ -193,9 +210,12 @@ def test_what_the_disk_refuses_is_explained(tmp_path, monkeypatch, number, word)
         return real(fd, data)
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(TrainError, match=os.strerror(number)) as e:
-        with new_folder(tmp_path / "out") as folder, SafetensorsWriter(folder / "f", [TensorSpec("a", "F32", (999,))]) as w:
-            w.write("a", np.zeros(999, np.float32))
+    with (
+        pytest.raises(TrainError, match=os.strerror(number)) as e,
+        new_folder(tmp_path / "out") as folder,
+        SafetensorsWriter(folder / "f", [TensorSpec("a", "F32", (999,))]) as w,
+    ):
+        w.write("a", np.zeros(999, np.float32))
     assert word in e.value.hint
     assert "Nothing was published" in e.value.hint
     assert list(tmp_path.iterdir()) == []
@@ -237,6 +257,6 @@ def test_the_leftover_of_a_killed_process_goes_away_and_that_of_a_live_one_stays
 
 
 def test_an_unfinished_tensor_is_our_own_bug(tmp_path):
-    with pytest.raises(AssertionError, match="not written: b"):
-        with SafetensorsWriter(tmp_path / "x", [TensorSpec("a", "U8", (2,)), TensorSpec("b", "U8", (2,))]) as w:
-            w.write("a", np.zeros(2, np.uint8))
+    specs = [TensorSpec("a", "U8", (2,)), TensorSpec("b", "U8", (2,))]
+    with pytest.raises(AssertionError, match="not written: b"), SafetensorsWriter(tmp_path / "x", specs) as writer:
+        writer.write("a", np.zeros(2, np.uint8))
