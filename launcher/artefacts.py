@@ -46,7 +46,7 @@ def consolidate(target: str, out: Path | None, options: dict[str, Any]) -> int:
     if isinstance(found, RunDir):
         spec = read_json(found.plan)["spec"]
         default = found.merged if spec["method"]["name"] == "full" else found.adapter
-        options = {**options, "base": options["base"] or _model_dir(found)}
+        options = {**options, "base": options["base"] or _model_dir(found), "template": spec["data"]["template"]}
         source = found.checkpoints
     else:
         source, default = found, found.parent / f"{found.name}-consolidated"
@@ -58,7 +58,8 @@ def merge(target: str, out: Path | None, options: dict[str, Any]) -> int:
     found = _find(target)
     if isinstance(found, RunDir):
         adapter, default = found.adapter, found.merged
-        options = {**options, "base": options["base"] or _model_dir(found)}
+        template = read_json(found.plan)["spec"]["data"]["template"]
+        options = {**options, "base": options["base"] or _model_dir(found), "template": template}
     else:
         adapter, default = found, found.parent / f"{found.name}-merged"
     return _run_stage("merge", ["--adapter", str(adapter), "--out", _out(out, default), *_flags(options)])
@@ -69,7 +70,7 @@ def evaluate(target: str, strict: bool, prompts: Path | None, base: Path | None,
     found = _find(target)
     extra = ["--strict"] if strict else []
     if isinstance(found, RunDir):
-        return _run_stage("evaluate", ["--plan", str(found.plan), *extra])
+        return _run_stage("evaluate", ["--plan", str(found.plan), *extra], found)
     if prompts is None:
         raise LaunchError(f"{found} is no run, so its prompts are not known", "Give them: --prompts prompts.json")
     options = {"prompts": prompts.absolute(), "base": base}
@@ -113,6 +114,20 @@ def _tuned(run: RunDir, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     raise LaunchError(f"{run.run_id} has no tuned model yet", f"Make it: launch runs resume {run.root}")
 
 
+def _device_of(stage: str, run: RunDir | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(UUIDs, environment) for one process."""
+    if run is not None:
+        job = next(j for j in read_json(run.plan)["jobs"] if j["name"] == stage)
+        return tuple(job["devices"]), job["env"]
+    from cluster.environment import device_env
+    from cluster.inventory import cpu_selection, select
+    from cluster.nvml import read_inventory
+
+    inventory = read_inventory()
+    selection = select(inventory, "free:1", os.environ) if inventory.devices else cpu_selection(1, inventory)
+    return selection.uuids, device_env(selection)
+
+
 def _model_dir(run: RunDir) -> str:
     if not run.prepared.is_file():
         raise LaunchError(f"{run.prepared} is missing: the run has not prepared its model", "Give --base FOLDER.")
@@ -127,16 +142,20 @@ def _out(out: Path | None, default: Path) -> str:
     return str(path)
 
 
-def _run_stage(name: str, arguments: list[str]) -> int:
-    """Run one stage as a job on this host, print what it printed, and its first cause if it fails."""
+def _run_stage(name: str, arguments: list[str], run: RunDir | None = None) -> int:
+    """Run one stage as a job on this host, print what it printed, and its first cause if it fails.
+
+    It gets the device that the same stage of `run` had; without a run, the first free one.
+    """
+    devices, environment = _device_of(name, run)
     log_dir = Path(tempfile.mkdtemp(prefix=f"tunelaunch-{name}-"))
     job = JobSpec(
         name=name,
         entrypoint=ENTRYPOINT,
         args=(name, "--log-dir", str(log_dir), "--package-root", str(PACKAGE_ROOT), *arguments),
         num_processes=1,
-        devices=(),
-        env={},
+        devices=devices,
+        env=environment,
         log_dir=str(log_dir),
         cwd=os.getcwd(),
         run_id=name,

@@ -41,6 +41,7 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
 
 

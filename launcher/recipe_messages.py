@@ -120,6 +120,7 @@ def null_value(path: str) -> tuple[str, str]:
 
 
 def missing(path: str) -> tuple[str, str]:
+    """(message, hint) for a required key that is absent."""
     return f"{readable(path)} is missing", _MISSING.get(pattern(path), "")
 
 

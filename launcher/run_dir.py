@@ -136,8 +136,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically. Raises LaunchError on a full disk."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """The value of a JSON file that this program wrote."""
     return json.loads(path.read_text(encoding="utf-8"))

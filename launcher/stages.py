@@ -55,11 +55,12 @@ def _first_device(selection: Selection) -> Selection:
 def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[str, ...]:
     if name == "train":
         return ("--plan", str(run.plan), "--attempt", str(attempt))
+    template = ("--template", spec.data.template)
     if name == "consolidate":
         out = run.merged if spec.method.name == "full" else run.adapter
-        return ("--source", str(run.checkpoints), "--base", MODEL_DIR, "--out", str(out))
+        return ("--source", str(run.checkpoints), "--base", MODEL_DIR, "--out", str(out), *template)
     if name == "merge":
-        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged))
+        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged), *template)
     return ("--plan", str(run.plan))
 
 

@@ -159,7 +159,17 @@ def detach(run: RunDir, attempt: int, done: frozenset[str]) -> int:
     """Start `supervise` in a session of its own, that outlives the terminal. Returns its pid."""
     import subprocess
 
-    argv = [sys.executable, "-P", "-m", "launcher", "_supervise", str(run.root), str(attempt), "--done", ",".join(sorted(done))]
+    argv = [
+        sys.executable,
+        "-P",
+        "-m",
+        "launcher",
+        "_supervise",
+        str(run.root),
+        str(attempt),
+        "--done",
+        ",".join(sorted(done)),
+    ]
     with open(run.supervisor_log, "ab") as log:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=run.root, start_new_session=True

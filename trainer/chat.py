@@ -32,6 +32,7 @@ Stream = Callable[[list[tuple[str, str]]], Iterable[str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-m trainer.worker chat`."""
     parser.add_argument("--model", required=True, help="Hugging Face model folder, such as merged/ of a run")
     parser.add_argument("--adapter", help="PEFT adapter folder on top of the model")
     parser.add_argument(

@@ -71,10 +71,12 @@ class Manifest:
 
 
 def shard_file_name(rank: int) -> str:
+    """rank_00000.safetensors for rank 0."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def step_folder_name(step: int) -> str:
+    """step_000200 for step 200."""
     return f"step_{step:06d}"
 
 

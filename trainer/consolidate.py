@@ -32,7 +32,7 @@ from .checkpoint_format import (
     verify,
 )
 from .disk import new_folder, refuse_existing, require_space, write_json, write_text
-from .model_folder import copy_companions, read_config, stored_tensors, write_config
+from .model_folder import OWN_TEMPLATE, copy_companions, read_config, stored_tensors, write_config
 from .spec import TrainError
 from .tensor_files import (
     CHUNK,
@@ -60,11 +60,13 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-m trainer.worker consolidate`."""
     parser.add_argument("--source", required=True, help="folder of checkpoints, or one step_N folder")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the result; default: as trained")
     parser.add_argument("--step", type=int, help="take this step; default: the newest whole checkpoint")
     parser.add_argument("--base", help="base model folder; needed after full training, for config and tokenizer")
+    parser.add_argument("--template", default=OWN_TEMPLATE, help="Jinja chat template to put in place of the base's")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of a full model, such as 5GB or 2GiB")
 
 
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     for path, reason in skipped:
         print(f"skipped {path}: {reason}", flush=True)
     plan = make_plan(step_dir, args.dtype, Path(args.base).absolute() if args.base else None, max_bytes)
-    report = write(plan, out)
+    report = write(plan, out, args.template)
     seconds = time.perf_counter() - started
     print(
         f"consolidated step {report['step']} ({report['method']}) -> {out}: {report['tensors']} tensors, "
@@ -222,7 +224,7 @@ def _check_same_model(manifest: Manifest, held: dict[str, StoredTensor], base: P
         raise TrainError(f"{base} is not the model that was trained\n{shown}", "Give its folder by --base.")
 
 
-def write(plan: Plan, out: Path) -> dict[str, Any]:
+def write(plan: Plan, out: Path, template: str = OWN_TEMPLATE) -> dict[str, Any]:
     """Write the folder, checking every value on its way. Returns the content of consolidation.json. Raises TrainError."""
     learned: dict[str, bool] = {}
     require_space(out, sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
@@ -239,7 +241,7 @@ def write(plan: Plan, out: Path) -> dict[str, Any]:
             assert plan.base is not None
             write_index(folder, plan.shards)
             write_config(plan.config, folder, plan.dtype)
-            copy_companions(plan.base, folder)
+            copy_companions(plan.base, folder, template)
         else:
             write_text(folder / ADAPTER_CONFIG, json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=False))
         report = _report(plan, folder)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but missing from its stub
 
 from .model import PackedLanguageModel
 from .spec import OptimSpec, TrainSpec
@@ -57,7 +58,7 @@ def init_ranks(spec: TrainSpec) -> Ranks:
     if not dist.is_initialized():
         if world_size == 1:
             # A store in memory: one process needs no port, and cannot fail for want of one.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
     sp = spec.parallel.sp
@@ -94,6 +95,7 @@ def _adamw(model: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Rate of the next update, for every parameter group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -148,6 +150,7 @@ def optimizer_step(engine: Any) -> int:
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
+    """Put AdamW's count of updates back, as `optimizer_step` gave it."""
     for flat in _flat_partitions(engine.optimizer):
         _adam_state(engine.optimizer.optimizer, flat)["step"].fill_(float(step))
 

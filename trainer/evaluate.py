@@ -51,6 +51,7 @@ class Question:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-m trainer.worker evaluate`."""
     parser.add_argument("--plan", help="plan.json of the run; or give --model, --prompts and --out")
     parser.add_argument("--strict", action="store_true", help="exit code 2 when the tuned model misses an expectation")
     parser.add_argument("--model", help="tuned model folder, or the base of --adapter")

@@ -123,6 +123,7 @@ def tally(answers: Sequence[tuple[PromptSpec, JudgedAnswer]]) -> tuple[int, int]
 
 
 def tally_tuned(results: Sequence[PromptResult]) -> tuple[int, int]:
+    """(met, asked) of the tuned model, over the prompts that have an expectation."""
     return tally([(r.prompt, r.tuned) for r in results])
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint_format import DTYPES
 from .disk import new_folder, refuse_existing, require_space, write_json
 from .lora_adapter import Adapter, LoraPair, plan_pairs, read_adapter
-from .model_folder import copy_companions, has_tokenizer, read_config, stored_tensors, write_config
+from .model_folder import OWN_TEMPLATE, copy_companions, has_tokenizer, read_config, stored_tensors, write_config
 from .spec import TrainError
 from .tensor_files import (
     NUMPY_DTYPES,
@@ -46,10 +46,12 @@ BLOCK_ELEMENTS = 2**19
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-m trainer.worker merge`."""
     parser.add_argument("--base", help="base model folder; default: base_model_name_or_path of the adapter")
     parser.add_argument("--adapter", required=True, help="adapter folder (PEFT)")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the result; default: as in the base")
+    parser.add_argument("--template", default=OWN_TEMPLATE, help="Jinja chat template to put in place of the base's")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, such as 5GB or 2GiB")
     parser.add_argument("--prompts", help="JSON file with more prompts for the comparison: texts, or {user, system}")
     parser.add_argument("--no-proof", action="store_true", help="do not compare the result with base + adapter")
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(args.base, Path(args.adapter).absolute(), args.dtype, parse_size(args.max_shard_size))
     prompts = _read_prompts(args, plan)
     with new_folder(out) as folder:
-        report = write(plan, folder)
+        report = write(plan, folder, args.template)
         merged_at = time.perf_counter()
         print(
             f"merged {report['tensors_merged']} of {report['tensors']} tensors, {report['bytes'] / 1e6:.1f} MB, "
@@ -147,7 +149,7 @@ def _base_folder(base: str | None, adapter: Adapter) -> Path:
     return Path(named).absolute()
 
 
-def write(plan: Plan, folder: Path) -> dict[str, Any]:
+def write(plan: Plan, folder: Path, template: str = OWN_TEMPLATE) -> dict[str, Any]:
     """Write weights, config and companions into `folder`. Returns the start of merge_report.json. Raises TrainError."""
     require_space(folder, plan.nbytes)
     with contextlib.ExitStack() as stack:
@@ -160,7 +162,7 @@ def write(plan: Plan, folder: Path) -> dict[str, Any]:
                     _write_tensor(plan, tensor, files, writer, pool)
     write_index(folder, plan.shards)
     write_config(plan.config, folder, plan.dtype)
-    copy_companions(plan.base, folder)
+    copy_companions(plan.base, folder, template)
     return {
         "format": "tunelaunch-merge-1",
         "base": str(plan.base),

@@ -17,6 +17,7 @@ def append_line(path: str, row: dict[str, Any]) -> None:
 
 
 def event(path: str, name: str, **fields: Any) -> None:
+    """Append {"time", "event": name, **fields} to the events file at `path`."""
     append_line(path, {"time": round(time.time(), 3), "event": name, **fields})
 
 

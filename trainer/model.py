@@ -12,7 +12,7 @@ from torch import nn
 
 from . import attention
 from .loss import supervised_loss_sum
-from .spec import MethodSpec, ModelSpec, TrainError
+from .spec import MethodSpec, ModelSpec, OptimSpec, TrainError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,9 +53,9 @@ class PackedLanguageModel(nn.Module):
 
 
 def load_model(
-    model: ModelSpec, model_dir: str, method: MethodSpec, seed: int, device: torch.device
+    model: ModelSpec, model_dir: str, method: MethodSpec, optim: OptimSpec, device: torch.device
 ) -> PackedLanguageModel:
-    """Load the base from `model_dir` and make it trainable by `method`. Deterministic in `seed`.
+    """Load the base from `model_dir` and make it trainable by `method`, in training mode. Deterministic in `optim.seed`.
 
     Raises TrainError for a model family whose attention or head packed training does not cover.
     """
@@ -75,12 +75,14 @@ def load_model(
     )
     _check_family(base)
     base.config.use_cache = False
-    torch.manual_seed(seed)
-    if method.name == "full":
-        base.requires_grad_(True)
-        return PackedLanguageModel(base)
-    base.requires_grad_(False)
-    return PackedLanguageModel(_add_adapters(base, method, model))
+    torch.manual_seed(optim.seed)
+    base.requires_grad_(method.name == "full")
+    trainable = base if method.name == "full" else _add_adapters(base, method, model)
+    if optim.gradient_checkpointing:
+        # Non-reentrant: the reentrant kind gives adapters below a frozen embedding no gradient.
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # from_pretrained leaves a model in evaluation mode, where dropout does nothing.
+    return PackedLanguageModel(trainable).train()
 
 
 def _nf4(compute_dtype: torch.dtype, double_quant: bool) -> Any:
@@ -96,7 +98,7 @@ def _nf4(compute_dtype: torch.dtype, double_quant: bool) -> Any:
     )
 
 
-def _add_adapters(base: nn.Module, method: MethodSpec, model: ModelSpec) -> nn.Module:
+def _add_adapters(base: Any, method: MethodSpec, model: ModelSpec) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = "all-linear" if method.targets == ("all-linear",) else list(method.targets)
@@ -109,7 +111,7 @@ def _add_adapters(base: nn.Module, method: MethodSpec, model: ModelSpec) -> nn.M
     )
     try:
         # The adapters keep the model's dtype: their fp32 masters live in the optimizer.
-        peft_model = get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        peft_model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as e:
         if "arget modules" not in str(e):
             raise
@@ -118,16 +120,12 @@ def _add_adapters(base: nn.Module, method: MethodSpec, model: ModelSpec) -> nn.M
             f"method.targets {list(method.targets)} match no module of {model.source}",
             f"Linear layers: {', '.join(names)}",
         ) from e
-    peft_model.to(DTYPES[model.dtype]) if method.name == "lora" else _cast_adapters(peft_model, DTYPES[model.dtype])
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[model.dtype])
     if hasattr(peft_model.get_base_model().get_output_embeddings(), "lora_A"):
         raise TrainError("an adapter on the language-model head is not supported", "Remove it from method.targets.")
     return peft_model
-
-
-def _cast_adapters(peft_model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
 
 
 def _check_family(base: Any) -> None:

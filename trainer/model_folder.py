@@ -16,6 +16,9 @@ COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", "
 COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 OWN_FILES = ("config.json", "consolidation.json", "merge_report.json", "adapter_config.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
+TEMPLATE_FILE = "chat_template.jinja"
+OWN_TEMPLATE = "model"
+"""`DataSpec.template` for the template that the model brings."""
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -64,6 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer that transformers can load."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     return any((folder / name).is_file() for name in names)
 
@@ -85,8 +89,12 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed | {key: _with_dtype(config[key], dtype) for key in nested}
 
 
-def copy_companions(base: Path, out: Path) -> list[str]:
-    """Copy tokenizer, chat templates, generation config, model code and licence. Returns the names, sorted."""
+def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE) -> list[str]:
+    """Copy tokenizer, chat templates, generation config, model code and licence. Returns the names, sorted.
+
+    A `template` other than the model's own (the path of a Jinja file) becomes the folder's chat template, so that
+    whatever loads the folder speaks as it was trained.
+    """
     names = sorted(path.name for path in base.iterdir() if path.is_file() and _is_companion(path.name))
     folder = base / TEMPLATE_FOLDER
     if folder.is_dir():
@@ -95,6 +103,10 @@ def copy_companions(base: Path, out: Path) -> list[str]:
         with writing(out / name):
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, out / name)
+    if template != OWN_TEMPLATE:
+        with writing(out / TEMPLATE_FILE):
+            shutil.copyfile(template, out / TEMPLATE_FILE)
+        names = sorted({*names, TEMPLATE_FILE})
     return names
 
 

@@ -84,6 +84,7 @@ def display_width(text: str) -> int:
 
 
 def pad(text: str, width: int) -> str:
+    """`text` followed by spaces up to `width` terminal columns; a Chinese character takes two."""
     return text + " " * (width - display_width(text))
 
 

@@ -29,6 +29,7 @@ from .template import ChatTemplate, load_template
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-m trainer.worker train`."""
     parser.add_argument("--plan", required=True, help="plan.json of the run")
     parser.add_argument("--attempt", type=int, default=1, help="number of this start of the workers, from 1")
 
@@ -49,7 +50,7 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     """The run from its newest verified checkpoint on. Returns True when it was asked to stop early."""
     data = TokenData.open(prepared.data_dir)
     total_steps = num_steps(data.num_rows, spec.optim, spec.parallel.dp)
-    model = load_model(spec.model, prepared.model_dir, spec.method, spec.optim.seed, ranks.device)
+    model = load_model(spec.model, prepared.model_dir, spec.method, spec.optim, ranks.device)
     folder, skipped = checkpoint.find(spec, ranks)
     if folder is not None:
         checkpoint.load_weights(model, folder)

@@ -19,7 +19,7 @@ RECIPE = """
 model: {source: "random:%s", dtype: fp32}
 method: {name: %s%s}
 data: {files: rows.jsonl, max_length: 128, packing: %s}
-train: {epochs: 2, micro_batch: 2, global_batch: 4, learning_rate: 1e-2, weight_decay: 0.1, schedule: linear, warmup_ratio: 0.2}
+train: {epochs: 2, micro_batch: 2, global_batch: 4, learning_rate: 1e-2, weight_decay: 0.1, schedule: linear, warmup_ratio: 0.2, gradient_checkpointing: %s}
 parallel: {zero: %d}
 """
 
@@ -93,13 +93,13 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "processes", "zero", "packing"),
+    ("method", "processes", "zero", "packing", "checkpointing"),
     [
-        ("full", 1, 2, "true"),
-        ("full", 2, 1, "false"),
-        ("full", 2, 3, "true"),
-        ("lora", 2, 2, "true"),
-        ("lora", 2, 3, "false"),
+        ("full", 1, 2, "true", "true"),
+        ("full", 2, 1, "false", "false"),
+        ("full", 2, 3, "true", "true"),
+        ("lora", 2, 2, "true", "true"),
+        ("lora", 2, 3, "false", "true"),
     ],
 )
 def test_losses_equal_the_plain_loop(
@@ -110,10 +110,11 @@ def test_losses_equal_the_plain_loop(
     processes: int,
     zero: int,
     packing: str,
+    checkpointing: str,
 ) -> None:
     tiny = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
     rank = ", rank: 4" if method == "lora" else ""
-    (rows / "r.yaml").write_text(RECIPE % (tiny, method, rank, packing, zero), encoding="utf-8")
+    (rows / "r.yaml").write_text(RECIPE % (tiny, method, rank, packing, checkpointing, zero), encoding="utf-8")
     monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
     run = train_only(rows, "r.yaml", processes, "run")
     expected = reference_losses(read_plan(str(run / "plan.json")))
@@ -121,3 +122,14 @@ def test_losses_equal_the_plain_loop(
     assert len(got) == len(expected) >= 4
     for step, loss in enumerate(expected, 1):
         assert got[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
+
+
+def test_dropout_is_on_in_training(rows: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
+    tiny = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
+    (rows / "r.yaml").write_text(RECIPE % (tiny, "lora", ", rank: 4", "true", "false", 2), encoding="utf-8")
+    without = losses(train_only(rows, "r.yaml", 1, "without"))
+    with_it = losses(train_only(rows, "r.yaml", 1, "with", ["method.dropout=0.5"]))
+    # lora_B starts at zero, so the first step cannot tell.
+    assert with_it[1] == without[1]
+    assert with_it[4] != without[4]

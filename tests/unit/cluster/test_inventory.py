@@ -257,6 +257,7 @@ def test_cpu_processes_share_the_cores():
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "4",
+        "GOMP_SPINCOUNT": "10000",
     }
     with pytest.raises(ClusterError, match="--cpu 0"):
         cpu_selection(0, inventory)

@@ -284,13 +284,13 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert [p.where for p in found] == [
         "--set evaluate.strict=maybe",
         "--set nowhere",
-        "r.yaml:10:21",
         "r.yaml:2:22",
         "r.yaml:3:7",
         "r.yaml:4:1",
         "r.yaml:7:14",
         "r.yaml:8:16",
         "r.yaml:9:3",
+        "r.yaml:10:21",
     ]
 
 

@@ -409,3 +409,12 @@ def test_a_model_with_its_own_code_is_not_run_unasked(tmp_path, bases):
         merge(base, adapter, tmp_path / "out")
     assert "--trust-remote-code" in e.value.hint
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_template_of_the_run_becomes_the_merged_models_own(tmp_path, bases):
+    adapter = save_adapter(tmp_path / "adapter", bases["llama"])
+    template = tmp_path / "自己的.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", encoding="utf-8")
+    out = merge(bases["llama"], adapter, tmp_path / "out", "--no-proof", "--template", template)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False) == "<user>你好"
