@@ -37,7 +37,7 @@ def folder(work: Path) -> Path:
         ("train:\n  epochs: many\n", ["bad.yaml:7", "many", "number"]),
         ("train:\n  epochs: 3\n  max_steps: 10\n", ["bad.yaml:7", "bad.yaml:8", "epochs", "max_steps"]),
         ("train:\n  epochs: 3\n  epochs: 4\n", ["bad.yaml:8", "epochs", "bad.yaml:7"]),
-        ("parallel:\n  zero: 7\n", ["bad.yaml:7", "7", "0, 1, 2, 3"]),
+        ("parallel:\n  zero: 7\n", ["bad.yaml:7:9", "7", "auto, 0, 1, 2 or 3"]),
         ("lr: 1e-4\n", ["bad.yaml:6:1", "lr", "train.learning_rate"]),
     ],
 )
@@ -112,11 +112,11 @@ def test_tokenizer_without_chat_template(launch: Launch, folder: Path) -> None:
     assert "data.template" in done.stderr
 
 
-FAKE_GPUS = {"PYTHONPATH": str(ROOT / "tests" / "fakes")}
+FAKE_GPUS = {"PYTHONPATH": str(ROOT / "tests" / "fakes"), "FAKE_NVML_CARDS": "4"}
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"), [("7", ["7", "GPU-"]), ("0,0", ["0,0", "twice"]), ("x", ["x"]), ("", ["--gpus"])]
+    ("flag", "said"), [("7", ["7", "GPU-"]), ("0,0", ["0,0", "repeats"]), ("x", ["x"]), ("", ["--gpus"])]
 )
 def test_gpus_that_do_not_exist(launch: Launch, folder: Path, flag: str, said: list[str]) -> None:
     done = launch("plan", write_recipe(folder), "--gpus", flag, cwd=folder, **FAKE_GPUS)

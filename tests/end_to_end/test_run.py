@@ -56,9 +56,7 @@ def test_adapter_and_merged_model_load_elsewhere_and_agree(straight: Path) -> No
 def test_full_fine_tune_ends_in_a_whole_model(launch: Launch, work: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    recipe = work / "full.yaml"
-    text = (work / "tiny_cpu.yaml").read_text(encoding="utf-8")
-    recipe.write_text("\n".join("method: full" if line.startswith("method") else line for line in text.splitlines()))
+    (work / "full.yaml").write_text("extends: tiny_cpu.yaml\nmethod: full\n", encoding="utf-8")
     done = launch("full.yaml", "--cpu", "1", *FP32, cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     run = only_run(work)
@@ -81,9 +79,7 @@ def test_two_processes_give_the_losses_of_one(launch: Launch, work: Path, straig
 
 
 def test_qlora_trains_and_merges(launch: Launch, work: Path) -> None:
-    recipe = work / "qlora.yaml"
-    text = (work / "tiny_cpu.yaml").read_text(encoding="utf-8")
-    recipe.write_text("\n".join("method: qlora" if line.startswith("method") else line for line in text.splitlines()))
+    (work / "qlora.yaml").write_text("extends: tiny_cpu.yaml\nmethod: qlora\n", encoding="utf-8")
     done = launch("qlora.yaml", "--cpu", "2", cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = losses(only_run(work))

@@ -6,6 +6,7 @@ NotSupported, unknown memory of a process is None.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -76,7 +77,11 @@ class FakeDevice:
     memory_unknown: bool = False
 
 
-cards: list[FakeDevice] = []
+# A test in this process sets `cards`; a command that a test starts gets its cards from the environment.
+cards: list[FakeDevice] = [
+    FakeDevice("NVIDIA A100-SXM4-80GB", f"GPU-{i:08x}-0000-0000-0000-000000000000", 80 * 2**30, bus=i)
+    for i in range(int(os.environ.get("FAKE_NVML_CARDS", "0")))
+]
 init_error: NVMLError | None = None
 initialised = 0
 
