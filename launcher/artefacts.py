@@ -19,9 +19,9 @@ from .errors import LaunchError
 from .plan import PACKAGE_ROOT
 from .run_dir import RunDir, read_json
 from .stages import ENTRYPOINT
+from .start import runs_dir
 from .supervise import failure_text
 
-RUNS = Path("runs")
 POLL_S = 0.05
 
 
@@ -32,7 +32,7 @@ def _find(target: str) -> RunDir | Path:
     path = Path(target)
     if path.is_dir() and not (path / "status.json").is_file():
         return path.resolve()
-    return find_run(target, RUNS)
+    return find_run(target, runs_dir())
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
@@ -58,11 +58,12 @@ def merge(target: str, out: Path | None, options: dict[str, Any]) -> int:
     found = _find(target)
     if isinstance(found, RunDir):
         adapter, default = found.adapter, found.merged
-        template = read_json(found.plan)["spec"]["data"]["template"]
-        options = {**options, "base": options["base"] or _model_dir(found), "template": template}
+        spec = read_json(found.plan)["spec"]
+        options = {**options, "base": options["base"] or _model_dir(found), "template": spec["data"]["template"]}
+        trust = ["--trust-remote-code"] if spec["model"]["trust_remote_code"] else []
     else:
-        adapter, default = found, found.parent / f"{found.name}-merged"
-    return _run_stage("merge", ["--adapter", str(adapter), "--out", _out(out, default), *_flags(options)])
+        adapter, default, trust = found, found.parent / f"{found.name}-merged", []
+    return _run_stage("merge", ["--adapter", str(adapter), "--out", _out(out, default), *_flags(options), *trust])
 
 
 def evaluate(target: str, strict: bool, prompts: Path | None, base: Path | None, out: Path | None) -> int:
@@ -70,6 +71,11 @@ def evaluate(target: str, strict: bool, prompts: Path | None, base: Path | None,
     found = _find(target)
     extra = ["--strict"] if strict else []
     if isinstance(found, RunDir):
+        if prompts or base or out:
+            raise LaunchError(
+                "--prompts, --base and --out are for a model given by path; a run has its own",
+                f"Give the model folder: launch evaluate {found.merged} --prompts ...",
+            )
         return _run_stage("evaluate", ["--plan", str(found.plan), *extra], found)
     if prompts is None:
         raise LaunchError(f"{found} is no run, so its prompts are not known", "Give them: --prompts prompts.json")
@@ -90,19 +96,20 @@ def chat(
     found = _find(target)
     options: dict[str, Any] = {"adapter": adapter, "template": template, "system": system}
     if isinstance(found, RunDir):
-        data = read_json(found.plan)["spec"]["data"]
+        spec = read_json(found.plan)["spec"]
+        data, trust = spec["data"], ["--trust-remote-code"] if spec["model"]["trust_remote_code"] else []
         model, options = _tuned(found, options)
         own_template = data["template"] if data["template"] != "model" else None
         options["template"] = template or own_template
         options["system"] = system if system is not None else data["system"]
     else:
-        model = found
+        model, trust = found, []
     options |= {"max-new-tokens": max_new_tokens, "temperature": temperature}
     argv = [sys.executable, "-P", "-m", ENTRYPOINT, "chat", "--package-root", str(PACKAGE_ROOT)]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     # Ctrl-C belongs to the chat, which stops its answer; here it would end the launcher and take the chat with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return subprocess.call([*argv, "--model", str(model), *_flags(options)], env=environment)
+    return subprocess.call([*argv, "--model", str(model), *_flags(options), *trust], env=environment)
 
 
 def _tuned(run: RunDir, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -115,7 +122,7 @@ def _tuned(run: RunDir, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 
 
 def _device_of(stage: str, run: RunDir | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(UUIDs, environment) for one process."""
+    """(UUIDs, environment) for one process. Only answering questions is worth a GPU."""
     if run is not None:
         job = next(j for j in read_json(run.plan)["jobs"] if j["name"] == stage)
         return tuple(job["devices"]), job["env"]
@@ -124,7 +131,8 @@ def _device_of(stage: str, run: RunDir | None) -> tuple[tuple[str, ...], dict[st
     from cluster.nvml import read_inventory
 
     inventory = read_inventory()
-    selection = select(inventory, "free:1", os.environ) if inventory.devices else cpu_selection(1, inventory)
+    on_gpu = stage == "evaluate" and inventory.devices
+    selection = select(inventory, "free:1", os.environ) if on_gpu else cpu_selection(1, inventory)
     return selection.uuids, device_env(selection)
 
 

@@ -34,7 +34,7 @@ Gpus = Annotated[
     typer.Option(help="Physical GPUs: 0,2 | 0-3 | GPU-... | MIG-... | all | free:2. Default: every free GPU."),
 ]
 Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many processes.", min=1)]
-BackendOption = Annotated[str, typer.Option(help="Where processes run: torchrun | debug.")]
+BackendOption = Annotated[str | None, typer.Option(help="Where processes run: torchrun (default) | debug.")]
 Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
 RunDirOption = Annotated[Path | None, typer.Option(help="Run folder. Default: <run.dir>/<recipe>-<time>-<4 hex>.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.learning_rate=1e-4.")]
@@ -48,7 +48,7 @@ def run_command(
     recipe: RecipeArg,
     gpus: Gpus = None,
     cpu: Cpu = None,
-    backend: BackendOption = "torchrun",
+    backend: BackendOption = None,
     nodes: Nodes = 1,
     run_dir: RunDirOption = None,
     sets: Sets = None,
@@ -73,7 +73,7 @@ def plan_command(
     recipe: RecipeArg,
     gpus: Gpus = None,
     cpu: Cpu = None,
-    backend: BackendOption = "torchrun",
+    backend: BackendOption = None,
     nodes: Nodes = 1,
     run_dir: RunDirOption = None,
     sets: Sets = None,
@@ -166,8 +166,9 @@ def supervise_command(run: Path, attempt: int, done: str = "") -> None:
 
 
 def route(argv: list[str]) -> list[str]:
-    """`X.yaml ...` -> `run X.yaml ...`, wherever the file stands before another command could."""
-    if argv and argv[0].endswith((".yaml", ".yml")):
+    """`X.yaml ...` or `--gpus 0 X.yaml ...` -> `run ...`: a recipe where a command would stand means `run`."""
+    is_recipe = [a.endswith((".yaml", ".yml")) for a in argv]
+    if any(is_recipe) and (is_recipe[0] or argv[0].startswith("-")):
         return ["run", *argv]
     return argv
 

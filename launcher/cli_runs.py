@@ -100,5 +100,5 @@ def resume_command(
     from .status import find_run
 
     found = find_run(run, runs_dir)
-    request = start.Request(str(found.recipe), gpus, cpu, "", 1, None, (), False)
+    request = start.Request(str(found.recipe), gpus, cpu, None, 1, None, (), False)
     raise typer.Exit(start.resume(str(found.root), request, detached=detach))

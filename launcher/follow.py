@@ -9,7 +9,7 @@ import time
 from cluster.job import JobSpec, JobState, JobStatus
 from cluster.logs import tail
 from cluster.processes import is_alive, signal_process
-from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
+from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY
 
 from .errors import LaunchError
 from .progress import Follower, Progress
@@ -51,19 +51,16 @@ def _job_status(status: Status, stage: str) -> JobStatus:
 
 
 def _exit_code(status: Status) -> int:
-    return EXIT_BUG if status.exit_code is None else status.exit_code
+    return EXIT_RETRY if status.exit_code is None else status.exit_code
 
 
 def print_end(run: RunDir, code: int) -> None:
     """What came out: the before/after table and the folders, or the first cause and how to go on."""
     status = read_status(run)
+    table = run.report / "table.txt"
+    if status.stage == "evaluate" and table.is_file():
+        print("\n" + table.read_text(encoding="utf-8").rstrip())
     if code == EXIT_OK and status.state == SUCCEEDED:
-        evaluate_log = run.logs(status.attempt, "evaluate") / "rank_0.log"
-        table = run.report / "table.txt"
-        if table.is_file():
-            print("\n" + table.read_text(encoding="utf-8").rstrip())
-        elif evaluate_log.is_file():
-            print("\n" + tail(evaluate_log, 40))
         print(_memory_line(run), end="")
         print(f"\nmodel    {run.merged}\nreport   {run.report / 'report.html'}\nchat     launch chat {run.root}")
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -33,7 +35,12 @@ class Follower:
             data = self.rest + f.read()
             self.at = f.tell()
         *lines, self.rest = data.split(b"\n")
-        return [json.loads(line) for line in lines if line.strip()]
+        rows = []
+        for line in lines:
+            # A line that a crash cut short stays in the file when the next attempt appends.
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
 
 
 class Progress:
@@ -61,15 +68,14 @@ class Progress:
         text = f"{job.name}  {clock(now - self.began)}  {self._training()}"
         if self.live:
             width = shutil.get_terminal_size().columns
-            self.out.write("\r\033[K" + text[: width - 1])
-            self.out.flush()
+            self._write("\r\033[K" + text[: width - 1])
         else:
             self._line(text)
 
     def stage_ended(self, job: JobSpec, status: JobStatus, seconds: float) -> None:
         self._read()
         if self.live:
-            self.out.write("\r\033[K")
+            self._write("\r\033[K")
         mark = {JobState.SUCCEEDED: "done", JobState.STOPPED: "stopped"}.get(status.state, "FAILED")
         self._line(
             f"{job.name:<12} {mark:<8} {seconds:6.1f} s  {self._summary() if job.name == 'train' else ''}".rstrip()
@@ -79,8 +85,16 @@ class Progress:
         self._line(("\r\033[K" if self.live else "") + text)
 
     def _line(self, text: str) -> None:
-        self.out.write(text + "\n")
-        self.out.flush()
+        self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        """A terminal that was closed, or a reader that went away, must not stop the run: the rest is not shown."""
+        try:
+            self.out.write(text)
+            self.out.flush()
+        except OSError:
+            self.out = io.StringIO()
+            self.live = False
 
     def _read(self) -> None:
         for row in self.metrics.rows():

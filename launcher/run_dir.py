@@ -88,6 +88,10 @@ class RunDir:
     def supervisor_log(self) -> Path:
         return self.root / "supervisor.log"
 
+    @property
+    def supervisor_lock(self) -> Path:
+        return self.root / ".supervisor.lock"
+
     def logs(self, attempt: int, stage: str) -> Path:
         return self.root / "logs" / f"attempt_{attempt}" / stage
 

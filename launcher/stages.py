@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from cluster.environment import device_env
 from cluster.inventory import Selection
@@ -56,11 +57,12 @@ def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[s
     if name == "train":
         return ("--plan", str(run.plan), "--attempt", str(attempt))
     template = ("--template", spec.data.template)
+    trust = ("--trust-remote-code",) if spec.model.trust_remote_code else ()
     if name == "consolidate":
         out = run.merged if spec.method.name == "full" else run.adapter
         return ("--source", str(run.checkpoints), "--base", MODEL_DIR, "--out", str(out), *template)
     if name == "merge":
-        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged), *template)
+        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged), *template, *trust)
     return ("--plan", str(run.plan))
 
 
@@ -72,6 +74,15 @@ def renumbered(job: JobSpec, run: RunDir, attempt: int) -> JobSpec:
         at = args.index("--attempt") + 1
         args = (*args[:at], str(attempt), *args[at + 1 :])
     return dataclasses.replace(job, log_dir=new, args=args)
+
+
+def set_output_aside(job: JobSpec, attempt: int) -> None:
+    """Rename what an earlier, unfinished or hand-made job left where this one writes: results are never overwritten."""
+    if "--out" not in job.args:
+        return
+    out = Path(job.args[job.args.index("--out") + 1])
+    if out.exists():
+        out.rename(out.with_name(f"{out.name}.before_attempt_{attempt}"))
 
 
 def with_model_dir(job: JobSpec, run: RunDir) -> JobSpec:

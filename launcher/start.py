@@ -29,7 +29,8 @@ class Request:
     recipe: str
     gpus: str | None
     cpu: int | None
-    backend: str
+    backend: str | None
+    """None: torchrun, or the backend of the run that is resumed."""
     nodes: int
     run_dir: Path | None
     sets: tuple[str, ...]
@@ -40,6 +41,11 @@ def cache_dir() -> Path:
     """Converted models and token caches: $TUNELAUNCH_CACHE, else ~/.cache/tunelaunch."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunelaunch"
     return Path(os.environ.get("TUNELAUNCH_CACHE") or default).absolute()
+
+
+def runs_dir() -> Path:
+    """Where runs are looked for by name: $TUNELAUNCH_RUNS, else ./runs."""
+    return Path(os.environ.get("TUNELAUNCH_RUNS") or "runs")
 
 
 def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, RunDir]:
@@ -60,7 +66,7 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
         raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
     loaded = load_recipe(find(request.recipe), request.sets)
     recipe = loaded.recipe
-    backend = "debug" if request.debug else request.backend
+    backend = "debug" if request.debug else request.backend or "torchrun"
     inventory = read_inventory()
     if request.cpu is not None:
         selection = cpu_selection(request.cpu, inventory)
@@ -117,33 +123,49 @@ def resume(name: str, request: Request, detached: bool) -> int:
     """Continue a run: the stages that are done stay done, training goes on from its newest verified checkpoint."""
     from .status import DONE, RUNNING, find_run, read_status
 
-    run = find_run(name, Path("runs"))
+    if request.run_dir is not None or request.debug:
+        raise LaunchError(
+            "--run-dir and --debug do not go with --resume", "Leave them out: the run has its own folder."
+        )
+    run = find_run(name, runs_dir())
     status = read_status(run)
     if status.state == RUNNING:
         raise LaunchError(f"{run.run_id} is running (pid {status.pid})", "Watch it: launch runs watch " + run.run_id)
     done = frozenset(stage for stage, state in status.stages.items() if state == DONE)
+    if "train" not in done:
+        done = frozenset()  # `prepare` again: it takes no time, unless its cache is gone
     if "train" not in done and not any(run.checkpoints.glob("step_*/manifest.json")):
         raise LaunchError(
             f"{run.run_id} has no checkpoint: it ended ({status.state}) before the first one was saved",
             f"Start it anew: launch {run.recipe}\nSave more often: checkpoint.every_steps",
         )
     old = read_json(run.plan)
-    flags = old["flags"]
-    request = replace(
-        request,
-        gpus=request.gpus if request.gpus or request.cpu else flags["gpus"],
-        cpu=request.cpu if request.gpus or request.cpu else flags["cpu"],
-        backend=request.backend or flags["backend"],
-        debug=flags["debug"],
-    )
+    if old["spec"]["debug"]:
+        raise LaunchError(f"{run.run_id} is a debug run of a few steps", f"Start it anew: launch {run.recipe} --debug")
+    request = _same_devices(request, old)
     if Path(request.recipe) != run.recipe:
         _same_recipe(request, run)
     plan, loaded, _ = make_plan(replace(request, recipe=str(run.recipe), sets=()), run)
+    spec = replace(plan.spec, recipe_name=old["spec"]["recipe_name"])
+    plan = replace(plan, spec=spec, command=old["command"])
     attempt = status.attempt + 1
     write_run(run, plan, loaded, attempt, request)
     kept = ", ".join(sorted(done)) or "none"
     print(f"resuming {run.run_id}, attempt {attempt}; stages already done: {kept}", flush=True)
     return _go(run, attempt, done, detached)
+
+
+def _same_devices(request: Request, old: dict[str, Any]) -> Request:
+    """The request with the old attempt's backend and devices, or as many, where it names none."""
+    flags, parallel = old["flags"], old["spec"]["parallel"]
+    request = replace(request, backend=request.backend or flags["backend"])
+    if request.gpus or request.cpu:
+        return request
+    if flags["gpus"] or flags["cpu"]:
+        return replace(request, gpus=flags["gpus"], cpu=flags["cpu"])
+    if parallel["device"] == "cpu":
+        return replace(request, cpu=parallel["world_size"])
+    return replace(request, gpus=f"free:{parallel['world_size']}")
 
 
 def _same_recipe(request: Request, run: RunDir) -> None:

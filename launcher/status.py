@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Status:
     """Stage -> waiting | running | done | failed | stopped."""
     pid: int
     pid_start: int
+    host: str
     """Start time of the supervisor process, so that a recycled pid is not taken for it."""
     started: float
     updated: float
@@ -50,7 +52,8 @@ def read_status(run: RunDir) -> Status:
     if not run.status.is_file():
         raise LaunchError(f"{run.root} is not a run folder (no status.json)", "List the runs: launch runs")
     status = Status(**read_json(run.status))
-    if status.state == RUNNING and not is_alive(status.supervisor):
+    # On a shared file system the supervisor may be another host's process, which cannot be looked at from here.
+    if status.state == RUNNING and status.host == socket.gethostname() and not is_alive(status.supervisor):
         status.state = CRASHED
     return status
 

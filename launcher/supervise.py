@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
+import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-from cluster.job import Backend, ClusterError, JobHandle, JobSpec, JobState, JobStatus
+from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus
 from cluster.processes import ProcessIdentity
 from cluster.registry import load
-from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
+from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER
 
 from .errors import LaunchError
 from .run_dir import RunDir, read_json
-from .stages import with_model_dir
+from .stages import set_output_aside, with_model_dir
 from .status import DONE, FAILED, RUNNING, STOPPED, SUCCEEDED, Status
 
 POLL_S = 0.1
-STOPPING_STAGE_S = 30.0
+FULL_DISK_BYTES = 2**20
 
 
 class Watcher(Protocol):
@@ -53,12 +56,14 @@ class Supervisor:
             stages={j.name: "waiting" for j in self.jobs},
             pid=me.pid,
             pid_start=me.start_ticks,
+            host=socket.gethostname(),
             started=time.time(),
             updated=time.time(),
         )
 
     def go(self, done: frozenset[str] = frozenset()) -> int:
         """Run every stage that is not in `done`. Returns 0, 2, 70, 75 or 130; never leaves a process behind."""
+        lock = self._lock()
         self.run.stop_request.unlink(missing_ok=True)
         restore = self._catch_signals()
         try:
@@ -69,17 +74,39 @@ class Supervisor:
                 code = self._stage(job)
                 if code != EXIT_OK:
                     return code
-            self.status.state, self.status.exit_code = SUCCEEDED, EXIT_OK
-            self.status.write(self.run)
-            return EXIT_OK
+                if self.signals:
+                    return self._end(STOPPED, EXIT_INTERRUPTED)
+            return self._end(SUCCEEDED, EXIT_OK)
         finally:
             restore()
+            lock.close()
+
+    def _lock(self) -> IO[str]:
+        """Held as long as the file is open. Raises LaunchError when another supervisor runs this folder."""
+        lock = open(self.run.supervisor_lock, "w", encoding="utf-8")  # noqa: SIM115  # closed when the attempt ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise LaunchError(
+                f"{self.run.run_id} is being run by another launcher", f"Watch it: launch runs watch {self.run.root}"
+            ) from None
+        return lock
+
+    def _end(self, state: str, code: int) -> int:
+        self.status.state, self.status.exit_code = state, code
+        self.status.write(self.run)
+        return code
 
     def _stage(self, job: JobSpec) -> int:
         self.status.stage = job.name
         self.status.stages[job.name] = RUNNING
         self.status.write(self.run)
-        os.makedirs(job.log_dir, exist_ok=True)
+        try:
+            os.makedirs(job.log_dir, exist_ok=True)
+        except OSError as e:
+            raise LaunchError(f"cannot write {job.log_dir}: {e.strerror}", "Free some space.") from None
+        set_output_aside(job, self.attempt)
         began = time.monotonic()
         self.watcher.stage_started(job)
         result = self._run_job(with_model_dir(job, self.run))
@@ -96,9 +123,19 @@ class Supervisor:
         stopped = result.state is JobState.STOPPED
         self.status.state = self.status.stages[job.name] = STOPPED if stopped else FAILED
         self.status.exit_code = EXIT_INTERRUPTED if stopped else result.exit_code
-        self.status.failure = dataclasses.asdict(result.failure) if result.failure else None
+        failure = None if result.failure is None else self._with_full_disk(result.failure)
+        if failure is not None:
+            self.status.exit_code = failure.exit_code
+        self.status.failure = dataclasses.asdict(failure) if failure else None
         self.status.write(self.run)
         return EXIT_BUG if self.status.exit_code is None else self.status.exit_code
+
+    def _with_full_disk(self, failure: Failure) -> Failure:
+        """A worker on a full disk cannot write down why it ended."""
+        if failure.kind == "user" or shutil.disk_usage(self.run.root).free > FULL_DISK_BYTES:
+            return failure
+        message = f"No space left on device: {self.run.root}. {failure.message}"
+        return dataclasses.replace(failure, kind="user", message=message, hint="Free some space.", exit_code=EXIT_USER)
 
     def _run_job(self, job: JobSpec) -> JobStatus:
         handle = self.backend.start(job)
@@ -115,7 +152,9 @@ class Supervisor:
 
     def _catch_signals(self) -> Callable[[], None]:
         """Returns the function that puts the old handlers back."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # started by nohup: a closed terminal is no request to stop
         old = {number: signal.signal(number, self._on_signal) for number in numbers}
 
         def restore() -> None:
@@ -127,7 +166,7 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1
         if self.current is None:
-            raise KeyboardInterrupt
+            return  # between two stages; `go` looks at the count before the next one
         job, handle = self.current
         if self.signals > 1:
             self.watcher.note("killing the workers")

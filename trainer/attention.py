@@ -52,7 +52,7 @@ def packed_attention(
         )
         return out.transpose(1, 2), None
     lengths = document_lengths or (length_q,)
-    if query_BHTD.is_cuda and len(lengths) > 1 and dropout == 0.0:
+    if len(lengths) > 1 and dropout == 0.0 and _has_flash(query_BHTD):
         return _varlen(query_BHTD, key_BKTD, value_BKTD, lengths, scaling, sliding_window), None
     outs = []
     for q, k, v in zip(
@@ -65,6 +65,13 @@ def packed_attention(
             )
         )
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _has_flash(query_BHTD: torch.Tensor) -> bool:
+    """Whether the variable-length kernel can run: it is FlashAttention, for 16-bit tensors on Ampere or newer."""
+    if not query_BHTD.is_cuda or query_BHTD.dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(query_BHTD.device)[0] >= 8
 
 
 def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:

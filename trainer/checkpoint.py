@@ -25,7 +25,17 @@ from .checkpoint_format import (
     sha256_file,
     write_manifest,
 )
-from .engine import STATES, Fragment, Ranks, full_shape, local_fragments, optimizer_step, set_optimizer_step
+from .engine import (
+    STATES,
+    Fragment,
+    Ranks,
+    full_shape,
+    local_fragments,
+    loss_scaler_state,
+    optimizer_step,
+    set_loss_scaler_state,
+    set_optimizer_step,
+)
 from .model import PackedLanguageModel
 from .spec import TrainError, TrainSpec
 
@@ -41,7 +51,9 @@ def save(engine: Any, spec: TrainSpec, ranks: Ranks, progress: dict[str, int]) -
     partial = root / f"{final.name}.partial"
     try:
         if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            # Left by a kill; each may be as large as a checkpoint.
+            for remains in root.glob("*.partial"):
+                shutil.rmtree(remains)
             partial.mkdir(parents=True)
         dist.barrier()
         shards: list[Any] = [None] * ranks.world_size
@@ -49,7 +61,7 @@ def save(engine: Any, spec: TrainSpec, ranks: Ranks, progress: dict[str, int]) -
         if ranks.rank == 0:
             write_manifest(partial, _manifest(engine, spec, shards, progress))
             _publish(partial, final)
-            _prune(root, spec.checkpoint.keep)
+            _prune(root, progress["step"], spec.checkpoint.keep)
     except OSError as e:
         raise TrainError(
             f"cannot write the checkpoint {final}: {e.strerror}",
@@ -91,7 +103,7 @@ def _manifest(engine: Any, spec: TrainSpec, shards: list[ShardFile], progress: d
         parameters={name: full_shape(p) for name, p in model.trainable().items()},
         adapter_config=_adapter_config(peft_config["default"], spec) if peft_config else None,
         files=tuple(shards),
-        state={**progress, "optimizer_step": optimizer_step(engine)},
+        state={**progress, "optimizer_step": optimizer_step(engine), "loss_scaler": loss_scaler_state(engine)},
     )
 
 
@@ -117,8 +129,10 @@ def _publish(partial: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
-def _prune(root: Path, keep: int) -> None:
-    for _, path in list_checkpoints(root)[keep:]:
+def _prune(root: Path, newest_step: int, keep: int) -> None:
+    """Remove all but the newest `keep`. A later step than the one just saved was skipped on resume: it counts for nothing."""
+    trusted = [path for step, path in list_checkpoints(root) if step <= newest_step]
+    for path in trusted[keep:]:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         dying = path.with_name(path.name + ".old.partial")
         os.replace(path, dying)
@@ -173,6 +187,7 @@ def load_optimizer(engine: Any, folder: Path, ranks: Ranks) -> None:
                     if fragment.name in shard.fragments:
                         _copy_overlap(fragment, shard.fragments[fragment.name], tensors)
     set_optimizer_step(engine, manifest.state["optimizer_step"])
+    set_loss_scaler_state(engine, manifest.state["loss_scaler"])
     own = next((s for s in manifest.files if s.rank == ranks.rank), None)
     if own is not None and manifest.world_size == ranks.world_size:
         with safe_open(str(folder / own.file), "pt") as tensors:

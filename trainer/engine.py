@@ -155,6 +155,23 @@ def set_optimizer_step(engine: Any, step: int) -> None:
         _adam_state(engine.optimizer.optimizer, flat)["step"].fill_(float(step))
 
 
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """fp16's dynamic loss scale and its counters; empty for the other dtypes."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: getattr(scaler, name) for name in LOSS_SCALER_STATE}
+
+
+def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+    """Put the loss scale back, as `loss_scaler_state` gave it."""
+    for name, value in state.items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+
+
 def _flat_partitions(zero_optimizer: Any) -> list[torch.Tensor]:
     """This rank's flat fp32 master partitions: one a parameter group, or one a sub-group for stage 3."""
     for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from .disk import write_text
 from .expectations import PromptResult, check_rules, judge, tally_tuned
-from .generate import Answer, Continuation, Prompter, check_folders, generate_answers, load_for_generation
+from .generate import Answer, Prompter, check_folders, generate_answers, load_for_generation, load_prompter
 from .model import DTYPES
 from .report import build_report, write_report
 from .report_terminal import terminal_table
 from .spec import Prepared, PromptSpec, TrainError, TrainSpec, read_plan
-from .template import load_template
 
 NEUTRAL_EN = ("Who are you?", "What is the capital of France?", "Explain in two sentences why the sky is blue.")
 NEUTRAL_ZH = ("请用一句话介绍你自己。",)
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         spec, prepared = read_plan(args.plan), None
         prepared = Prepared.read(spec.paths.prepared)
+        print(f"plan {spec.digest()} run {spec.run_id}", flush=True)
         plan = (json.loads(Path(args.plan).read_text(encoding="utf-8")), spec, prepared)
         question, out = question_of_run(spec, prepared), Path(spec.paths.report_dir)
         strict = args.strict or spec.evaluate.strict
@@ -82,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
     results = ask_both(question)
     models = {key: getattr(question, key) for key in ("base", "tuned", "adapter", "template", "max_new_tokens")}
     page = write_report(out, build_report(results, models, plan))
-    print(terminal_table(results, shutil.get_terminal_size((100, 24)).columns))
+    table = terminal_table(results, shutil.get_terminal_size((100, 24)).columns)
+    write_text(out / "table.txt", table + "\n")
+    print(table)
     print(f"report: {page}", flush=True)
     passed, total = tally_tuned(results)
     if strict and passed < total:
@@ -176,7 +179,7 @@ def ask_both(question: Question) -> list[PromptResult]:
     for folder, adapter in ((question.base, None), (question.tuned, question.adapter)):
         if folder is not None:
             check_folders(folder, adapter)
-    template = load_prompter(question)
+    template = load_prompter(question.template_from, question.template, question.trust_remote_code)
     prompts = question.prompts or neutral_prompts(template)
     question = dataclasses.replace(question, prompts=prompts)
     base = [None] * len(prompts) if question.base is None else ask(question, template, question.base, None)
@@ -190,15 +193,6 @@ def ask_both(question: Question) -> list[PromptResult]:
         )
         for prompt, before, after in zip(prompts, base, tuned, strict=True)
     ]
-
-
-def load_prompter(question: Question) -> Prompter:
-    """The chat template of the question, or plain continuation (said on stdout) where the tokenizer has none."""
-    template = load_template(question.template_from, question.template, question.trust_remote_code)
-    if question.template == "model" and not template.tokenizer.chat_template:
-        print("the tokenizer has no chat template: the prompts are continued as plain text", flush=True)
-        return Continuation(template.tokenizer, template.stop_token_ids)
-    return template
 
 
 def ask(question: Question, template: Prompter, model_dir: str, adapter_dir: str | None) -> Sequence[Answer]:

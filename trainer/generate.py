@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from .spec import TrainError
+from .template import load_template
 
 Messages = Sequence[tuple[str, str]]
 """One conversation: (role, content) pairs, the last of which is to be answered."""
@@ -47,6 +48,15 @@ class Continuation:
         starts_with_bos = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         bos = [self.tokenizer.bos_token_id] if starts_with_bos else []
         return bos + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_prompter(model_dir: str, template: str, trust_remote_code: bool) -> Prompter:
+    """The chat template of a model folder, or plain continuation (said on stdout) where its tokenizer has none."""
+    loaded = load_template(model_dir, template, trust_remote_code)
+    if template == "model" and not loaded.tokenizer.chat_template:
+        print("the tokenizer has no chat template: the prompts are continued as plain text", flush=True)
+        return Continuation(loaded.tokenizer, loaded.stop_token_ids)
+    return loaded
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -11,9 +12,13 @@ from typing import Any
 
 
 def append_line(path: str, row: dict[str, Any]) -> None:
-    """Append one JSON line. A single write of one line: a crash leaves at most a cut last line, which readers skip."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append one JSON line. A crash leaves at most a cut last line; the next row then begins on a line of its own."""
+    with open(path, "ab+") as f:
+        if f.tell() > 0:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def event(path: str, name: str, **fields: Any) -> None:

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     """Writes prepared.json and an event. Raises TrainError for anything wrong with the model or the data."""
     started = time.monotonic()
     spec = read_plan(args.plan)
+    print(f"plan {spec.digest()} run {spec.run_id}", flush=True)
     model_dir = materialise(spec.model)
     entry, reused = prepare_data(spec, model_dir)
     index = read_json(entry / INDEX)

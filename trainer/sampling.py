@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .engine import Ranks
+from .generate import Prompter, generate_answers, load_prompter
 from .metrics import append_line
 from .model import PackedLanguageModel
 from .spec import Prepared, TrainSpec
@@ -18,7 +19,7 @@ class Sampler:
         self.spec, self.model_dir, self.ranks = spec, prepared.model_dir, ranks
         self.prompts = spec.evaluate.prompts[: spec.evaluate.num_samples]
         self.enabled = spec.evaluate.samples_every_steps > 0 and bool(self.prompts)
-        self.template = None
+        self.prompter: Prompter | None = None
 
     def answer(self, model: PackedLanguageModel, step: int) -> None:
         """Rank 0 answers one prompt at a time; the others wait. Collective: every rank must call."""
@@ -29,11 +30,9 @@ class Sampler:
         dist.barrier()
 
     def _answer(self, model: PackedLanguageModel, step: int) -> None:
-        from .generate import generate_answers
-        from .template import load_template
-
-        if self.template is None:
-            self.template = load_template(self.model_dir, self.spec.data.template, self.spec.model.trust_remote_code)
+        if self.prompter is None:
+            data, model_spec = self.spec.data, self.spec.model
+            self.prompter = load_prompter(self.model_dir, data.template, model_spec.trust_remote_code)
         random_state = torch.get_rng_state()
         model.eval()
         for prompt in self.prompts:
@@ -41,7 +40,7 @@ class Sampler:
             messages = [("system", system)] if system is not None else []
             messages.append(("user", prompt.user))
             # One conversation at a time: packed attention knows no padding.
-            (answer,) = generate_answers(model.base, self.template, [messages], self.spec.evaluate.max_new_tokens)
+            (answer,) = generate_answers(model.base, self.prompter, [messages], self.spec.evaluate.max_new_tokens)
             append_line(self.spec.paths.samples, {"step": step, "user": prompt.user, "answer": answer.text})
             print(f"sample at step {step}: {prompt.user} -> {answer.text}", flush=True)
         model.train()

@@ -133,9 +133,11 @@ def train_step(engine: Any, spec: TrainSpec, data: TokenData, ranks: Ranks, step
     clock.lap("communication")
     loss = totals[0].item() / max(supervised, 1)
     skipped = bool(getattr(engine.optimizer, "overflow", False))
-    if not math.isfinite(loss) and spec.model.dtype != "fp16":
-        raise _not_finite(loss, step, rows, data)
     norm = engine.get_global_grad_norm() or 0.0
+    # Under fp16 an overflow is part of finding the loss scale: the step was skipped, and is counted.
+    if spec.model.dtype != "fp16" and (skipped or not math.isfinite(loss)):
+        what = "gradient" if math.isfinite(loss) else "loss"
+        raise _not_finite(what, step, rows, data)
     return Step(loss, tokens, supervised, float(norm), skipped, totals[1].item() > 0, clock.seconds)
 
 
@@ -179,7 +181,8 @@ class Progress:
             raise TrainError(
                 f"the checkpoint has seen {progress.rows_consumed} rows in {progress.step} steps, "
                 f"which is not a global batch of {batch}",
-                f"Resume with train.global_batch: {progress.rows_consumed // max(progress.step, 1)}.",
+                f"Resume on devices that keep a global batch of {progress.rows_consumed // max(progress.step, 1)} rows: "
+                "as many as before, or a divisor of it together with train.global_batch in the recipe.",
             )
         return progress
 
@@ -276,11 +279,11 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def _not_finite(loss: float, step: int, rows: list[int], data: TokenData) -> TrainError:
+def _not_finite(what: str, step: int, rows: list[int], data: TokenData) -> TrainError:
     sources = sorted({source for row in rows for source in data.sources(row)})
     shown = "\n".join(f"  {source}" for source in sources[:20])
     more = f"\n  and {len(sources) - 20} more" if len(sources) > 20 else ""
     return TrainError(
-        f"the loss of step {step + 1} is {loss}; this step's rows are\n{shown}{more}",
+        f"the {what} of step {step + 1} is not finite; this step's rows are\n{shown}{more}",
         "Look at these rows; lower train.learning_rate; or use model.dtype: fp32. The last checkpoint is kept.",
     )

@@ -6,6 +6,7 @@ First it makes sure that it is OUR `trainer`, that it dies with its parent, and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import importlib
@@ -102,8 +103,9 @@ def _check_identity(package_root: str) -> None:
 def _fail(log_dir: str, rank: int, kind: str, message: str, hint: str) -> int:
     trace = traceback.format_exc()
     exit_code = {"user": EXIT_USER, "retry": EXIT_RETRY, "bug": EXIT_BUG}[kind]
-    print(trace if kind == "bug" else f"{message}\n{hint}", file=sys.stderr, flush=True)
-    if log_dir:
+    # On a full disk neither the log nor the file can be written; the exit code still says what happened.
+    with contextlib.suppress(OSError):
+        print(trace if kind == "bug" else f"{message}\n{hint}", file=sys.stderr, flush=True)
         row = {
             "rank": rank,
             "pid": os.getpid(),
@@ -115,16 +117,18 @@ def _fail(log_dir: str, rank: int, kind: str, message: str, hint: str) -> int:
             "log_file": str(Path(log_dir) / f"rank_{rank}.log"),
             "time_ns": time.time_ns(),
         }
-        path = Path(log_dir) / f"failure_rank_{rank}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(path)
+        if log_dir:
+            path = Path(log_dir) / f"failure_rank_{rank}.json"
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+            temporary.replace(path)
     return exit_code
 
 
 if __name__ == "__main__":
     # os._exit after a failure: interpreter shutdown would wait for collectives that will never come.
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
