@@ -249,9 +249,16 @@ def _wait_for_supervisor(run: RunDir, pid: int) -> None:
 
 
 def _say_end(run: RunDir, code: int) -> None:
+    """Print the result. When the terminal is gone, what is left of the output goes nowhere and the exit code stays."""
     from .follow import print_end
 
-    print_end(run, code)
+    try:
+        print_end(run, code)
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def supervise_detached(root: Path, attempt: int, done: str) -> int:

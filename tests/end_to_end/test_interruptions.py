@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, Launch, losses, only_run, wait_until, worker_pids
+from support.commands import FP32, LAUNCH, Launch, losses, only_run, wait_until, worker_pids
 
 Started = Callable[..., "subprocess.Popen[str]"]
 
@@ -20,6 +21,15 @@ def long_recipe(work: Path) -> str:
     text = (work / "tiny_cpu.yaml").read_text(encoding="utf-8").replace("epochs: 10", "max_steps: 60")
     (work / "long.yaml").write_text(text.replace("every_steps: 10", "every_steps: 7"), encoding="utf-8")
     return "long.yaml"
+
+
+def drain(fd: int) -> None:
+    """Read a terminal until it is closed, so that its writer never waits."""
+    try:
+        while os.read(fd, 4096):
+            pass
+    except OSError:
+        return
 
 
 def run_when_at_step(folder: Path, step: int) -> Path:
@@ -86,10 +96,38 @@ def test_ctrl_c_saves_and_stops_and_resume_goes_on(
     last = max(losses(run))
     assert (run / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
     assert not worker_pids(run)
+    by_hand = launch("consolidate", str(run), cwd=work)
+    assert by_hand.returncode == 0, by_hand.stdout + by_hand.stderr
+    early = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     resumed = launch(long_recipe, *FP32, "--resume", str(run), cwd=work)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert max(losses(run)) == 60
     assert f"resumed from step_{last:06d}" in (run / "logs/attempt_2/train/rank_0.log").read_text()
+    # What was made by hand from the earlier checkpoint is kept beside the result.
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != early
+    assert (run / "adapter.before_attempt_2" / "adapter_model.safetensors").read_bytes() == early
+
+
+def test_closed_terminal_saves_and_stops(environment: dict[str, str], work: Path, long_recipe: str) -> None:
+    master, terminal = os.openpty()
+    command = subprocess.Popen(
+        [LAUNCH, long_recipe, "--cpu", "1", *FP32],
+        cwd=work,
+        env=environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    reader = threading.Thread(target=drain, args=(master,), daemon=True)
+    reader.start()
+    run = run_when_at_step(work, 9)
+    os.kill(command.pid, signal.SIGHUP)
+    os.close(master)
+    assert command.wait(timeout=60) == 130
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert (run / "checkpoints" / f"step_{max(losses(run)):06d}" / "manifest.json").is_file()
 
 
 def test_second_ctrl_c_kills(started: Started, work: Path, long_recipe: str) -> None:
