@@ -34,7 +34,7 @@ demo: install
 	@$(BIN)/launch recipes/smollm2_identity.yaml
 
 test: install
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --durations=15
 
 check: install
 	@$(BIN)/ruff format --check launcher cluster trainer tests

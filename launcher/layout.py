@@ -39,7 +39,8 @@ def decide_layout(recipe: Recipe, selection: Selection, facts: ModelFacts | None
         ("ZeRO", f"stage {zero} ({zero_reason})"),
         ("global batch", batch_reason),
     )
-    return Layout(world, dp, sp, zero, accumulate, reasons, tuple(problems), tuple(_not_yet(recipe, sp, zero)))
+    refusals = (*_without_model_code(facts), *_not_yet(recipe, sp, zero))
+    return Layout(world, dp, sp, zero, accumulate, reasons, tuple(problems), refusals)
 
 
 def allowed_sp(world: int, facts: ModelFacts | None) -> list[int]:
@@ -102,6 +103,19 @@ def _batch(recipe: Recipe, dp: int, problems: list[Problem]) -> tuple[int, str]:
     accumulate = accumulate or 1
     total = micro * accumulate * dp
     return accumulate, f"{total} rows = micro {micro} x accumulate {accumulate} x dp {dp}"
+
+
+def _without_model_code(facts: ModelFacts | None) -> list[Problem]:
+    """Families whose only code comes with the weights and was written for transformers 4."""
+    if facts is None or facts.model_type != "internlm2":
+        return []
+    hint = (
+        "InternLM's own tools/convert2llama.py (github.com/InternLM/InternLM) writes the same weights in Llama's format:\n"
+        "run it once and give its output folder as model.source; the rest of the recipe stays as it is."
+    )
+    return [
+        Problem("model.source", "transformers has no InternLM2, and the code beside its weights fits version 4", hint)
+    ]
 
 
 def _not_yet(recipe: Recipe, sp: int, zero: int) -> list[Problem]:

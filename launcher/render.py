@@ -37,7 +37,8 @@ def plan_page(plan: Plan) -> str:
     lines += [f"  {key}={shlex.quote(value)}" for key, value in sorted(train.env.items())]
     lines += [f"warning: {text}" for text in plan.warnings]
     for refusal in plan.refusals:
-        lines += [f"cannot be started: {refusal.where}: {refusal.message}", f"    {refusal.hint}"]
+        lines += [f"cannot be started: {refusal.where}: {refusal.message}"]
+        lines += [f"    {line}" for line in refusal.hint.splitlines()]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,16 +12,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, LAUNCH, Launch, losses, only_run, wait_until, worker_pids
+from support.commands import FP32, LAUNCH, ROOT, Launch, losses, only_run, train_only, wait_until, worker_pids
 
 Started = Callable[..., "subprocess.Popen[str]"]
 
 
+def write_long_recipe(folder: Path) -> str:
+    """60 steps with a checkpoint every 7, beside the shipped recipes in `folder`; returns its name."""
+    text = (folder / "tiny_cpu.yaml").read_text(encoding="utf-8").replace("epochs: 10", "max_steps: 60")
+    (folder / "long.yaml").write_text(text.replace("every_steps: 10", "every_steps: 7"), encoding="utf-8")
+    return "long.yaml"
+
+
 @pytest.fixture
 def long_recipe(work: Path) -> str:
-    text = (work / "tiny_cpu.yaml").read_text(encoding="utf-8").replace("epochs: 10", "max_steps: 60")
-    (work / "long.yaml").write_text(text.replace("every_steps: 10", "every_steps: 7"), encoding="utf-8")
-    return "long.yaml"
+    return write_long_recipe(work)
+
+
+@pytest.fixture(scope="module")
+def straight_losses(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Step -> loss of the same recipe without any interruption, on one process."""
+    folder = tmp_path_factory.mktemp("long") / "recipes"
+    shutil.copytree(ROOT / "recipes", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
+        return losses(train_only(folder, write_long_recipe(folder), 1, "straight", ["model.dtype=fp32"]))
 
 
 def drain(fd: int) -> None:
@@ -41,7 +57,13 @@ def run_when_at_step(folder: Path, step: int) -> Path:
 
 @pytest.mark.parametrize(("processes", "step"), [("1", 3), ("1", 16), ("2", 23)])
 def test_killed_workers_resume_with_the_losses_of_a_straight_run(
-    launch: Launch, started: Started, work: Path, long_recipe: str, processes: str, step: int
+    launch: Launch,
+    started: Started,
+    work: Path,
+    long_recipe: str,
+    straight_losses: dict[int, float],
+    processes: str,
+    step: int,
 ) -> None:
     command = started(long_recipe, "--cpu", processes, *FP32)
     run = run_when_at_step(work, step)
@@ -58,12 +80,9 @@ def test_killed_workers_resume_with_the_losses_of_a_straight_run(
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     log = (run / "logs" / "attempt_2" / "train" / "rank_0.log").read_text(encoding="utf-8")
     assert "resumed from step_0000" in log
-    straight = launch(long_recipe, "--cpu", "1", *FP32, "--run-dir", "straight", cwd=work)
-    assert straight.returncode == 0, straight.stdout + straight.stderr
-    expected = losses(work / "straight")
     got = losses(run)
-    assert got.keys() == expected.keys()
-    for number, loss in expected.items():
+    assert got.keys() == straight_losses.keys()
+    for number, loss in straight_losses.items():
         # One process is bit-identical; two add their sums in another order.
         assert got[number] == (loss if processes == "1" else pytest.approx(loss, rel=1e-5)), f"step {number}"
 

@@ -1,5 +1,7 @@
 """Batch arithmetic and layout: every number with its reason, every conflict with what is allowed."""
 
+import dataclasses
+
 import pytest
 
 from cluster.inventory import Device, Selection
@@ -83,6 +85,13 @@ def test_sequence_parallel_size_that_does_not_fit_lists_the_allowed_ones() -> No
     assert problem.where == "parallel.sp"
     assert "9 heads (3 kv)" in problem.message
     assert "1, 3" in problem.hint
+
+
+def test_model_family_without_usable_code_is_refused_with_a_way_out() -> None:
+    internlm2 = dataclasses.replace(facts(), model_type="internlm2")
+    (refusal,) = decide_layout(recipe(), gpus(1), internlm2).refusals
+    assert refusal.where == "model.source"
+    assert "convert2llama.py" in refusal.hint
 
 
 def test_what_cannot_be_trained_yet_is_a_refusal_with_a_way_out() -> None:
