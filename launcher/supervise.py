@@ -220,7 +220,8 @@ def failure_text(failure: dict[str, Any] | None) -> str:
     """The first cause in one paragraph: which rank, what it said, what to do, where the whole log is."""
     if not failure:
         return ""
-    who = f"rank {failure['rank']}: " if failure["rank"] >= 0 else ""
+    rank = f"rank {failure['rank']}"
+    who = f"{rank}: " if failure["rank"] >= 0 and not failure["message"].startswith(rank) else ""
     lines = [f"{who}{failure['message']}"]
     if failure["hint"]:
         lines.append(failure["hint"])
