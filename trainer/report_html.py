@@ -29,7 +29,7 @@ h2 { margin:0 0 16px; font-size:18px; letter-spacing:-.005em }
 h3 { margin:20px 0 6px; font-size:14px; font-weight:600 }
 .sub { margin:6px 0 28px; color:var(--soft); overflow-wrap:anywhere }
 section { background:var(--paper); border:1px solid var(--rule); border-radius:12px; padding:24px; margin:0 0 20px }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(158px,1fr)); gap:12px; margin:0 0 20px }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(172px,1fr)); gap:12px; margin:0 0 20px }
 .tile { background:var(--paper); border:1px solid var(--rule); border-radius:12px; padding:14px 18px }
 .tile .name { color:var(--soft); font-size:13px }
 .tile .value { font-size:20px; font-weight:650; line-height:1.35; font-variant-numeric:tabular-nums; white-space:nowrap }

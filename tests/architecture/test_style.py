@@ -171,3 +171,16 @@ def test_the_rules_catch_violations() -> None:
         '"""never pkill"""\ntorch.load(p, weights_only=True)\ntry:\n    pass\nexcept ImportError:\n    pass\n'
     )
     assert not [*forbidden_calls(good), *kill_by_name(good), *broad_excepts(good)]
+
+
+def test_training_sends_no_large_objects_between_ranks(trees: dict[str, ast.Module]) -> None:
+    """Gloo copies them in threads of its own that start OpenMP teams, which slows every later step by half."""
+    allowed = {("trainer/checkpoint.py", "broadcast_object_list")}
+    names = {"all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list"}
+    found = {
+        (path, node.attr)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in names
+    }
+    assert found <= allowed

@@ -92,6 +92,8 @@ def test_debug_shows_the_first_batch_and_learns_it(launch: Launch, work: Path) -
     assert "⟦" in done.stdout
     assert "supervised" in done.stdout
     assert "one repeated batch is learnt" in done.stdout
+    assert "GB used in these steps" in done.stdout
+    assert "estimated for the whole run" in done.stdout
 
 
 def test_chat_answers_and_saves(launch: Launch, work: Path, straight: Path, environment: dict[str, str]) -> None:
