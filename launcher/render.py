@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import time
 
+from cluster.registry import load
+
 from .memory import MemoryEstimate
 from .plan import Plan
 from .progress import clock
@@ -27,13 +29,11 @@ def plan_page(plan: Plan) -> str:
     lines += _rows("checkpoints", [_checkpoint_line(plan)])
     lines += _rows("stages", [" -> ".join(job.name for job in plan.jobs)])
     lines += _rows("deepspeed", [_compact(spec.deepspeed)])
+    lines += ["", "commands ({model_dir}: the folder that prepare finds or makes)"]
+    backend = load(plan.backend)
+    lines += [f"  {job.name:<11} {shlex.join(backend.command(job))}" for job in plan.jobs]
     train = next(job for job in plan.jobs if job.name == "train")
-    lines += [
-        "",
-        "command of the training stage",
-        "  " + shlex.join(_command(plan, "train")),
-        "environment that is set",
-    ]
+    lines += ["environment that is set"]
     lines += [f"  {key}={shlex.quote(value)}" for key, value in sorted(train.env.items())]
     lines += [f"warning: {text}" for text in plan.warnings]
     for refusal in plan.refusals:
@@ -81,13 +81,6 @@ def _compact(config: dict[str, object]) -> str:
     import json
 
     return json.dumps(config, separators=(", ", ": "))
-
-
-def _command(plan: Plan, stage: str) -> tuple[str, ...]:
-    from cluster.registry import load
-
-    job = next(job for job in plan.jobs if job.name == stage)
-    return load(plan.backend).command(job)
 
 
 def run_line(run: RunDir, status: Status) -> str:
