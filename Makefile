@@ -39,8 +39,9 @@ test: install
 check: install
 	@$(BIN)/ruff format --check launcher cluster trainer tests
 	$(BIN)/ruff check launcher cluster trainer tests
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python & types=$$!
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
+	wait $$types
 
 clean:
 	rm -rf $(VENV)
