@@ -18,6 +18,7 @@ from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, TrainError
 from .cli_recipes import app as recipes_app
 from .cli_runs import app as runs_app
 from .errors import LaunchError
+from .recipe_library import shipped_names
 
 app = typer.Typer(
     help="One readable recipe, one command: from a base model to a fine-tuned, merged, verified chat model.",
@@ -166,9 +167,11 @@ def supervise_command(run: Path, attempt: int, done: str = "") -> None:
 
 
 def route(argv: list[str]) -> list[str]:
-    """`X.yaml ...` or `--gpus 0 X.yaml ...` -> `run ...`: a recipe where a command would stand means `run`."""
+    """`X.yaml ...`, `--gpus 0 X.yaml ...`, `qwen_qlora ...` -> `run ...`: a recipe in a command's place means `run`."""
     is_recipe = [a.endswith((".yaml", ".yml")) for a in argv]
     if any(is_recipe) and (is_recipe[0] or argv[0].startswith("-")):
+        return ["run", *argv]
+    if argv and argv[0] in shipped_names():
         return ["run", *argv]
     return argv
 
@@ -183,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as e:
+    except Exception as e:  # a process border: what gets here is our bug, or Click's own usage error
         sys.exit(_unexpected(e))
     sys.exit(code if isinstance(code, int) else EXIT_OK)
 

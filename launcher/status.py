@@ -71,8 +71,10 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
         return matches[0]
     if matches:
         raise LaunchError(f"{name!r} fits {len(matches)} runs", "\n".join(r.run_id for r in matches))
-    known = "\n".join(r.run_id for r in runs[:5]) or f"there are none in {runs_dir.resolve()}"
-    raise LaunchError(f"no run {name!r}", f"Newest runs:\n{known}")
+    if not runs:
+        raise LaunchError(f"no run {name!r}: there are no runs in {runs_dir.resolve()}", "Start one: launch RECIPE")
+    known = "\n".join(r.run_id for r in runs[:5])
+    raise LaunchError(f"no run {name!r} in {runs_dir.resolve()}", f"Newest runs:\n{known}")
 
 
 def list_runs(runs_dir: Path) -> list[RunDir]:

@@ -83,7 +83,10 @@ class Supervisor:
 
     def _lock(self) -> IO[str]:
         """Held as long as the file is open. Raises LaunchError when another supervisor runs this folder."""
-        lock = open(self.run.supervisor_lock, "w", encoding="utf-8")  # noqa: SIM115  # closed when the attempt ends
+        try:
+            lock = open(self.run.supervisor_lock, "w", encoding="utf-8")  # noqa: SIM115  # closed when the attempt ends
+        except OSError as e:
+            raise LaunchError(f"cannot write into {self.run.root}: {e.strerror}", "Free some space.") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,6 +143,8 @@ class Supervisor:
     def _run_job(self, job: JobSpec) -> JobStatus:
         handle = self.backend.start(job)
         self.current = (job, handle)
+        if self.signals:
+            self._stop_current()  # the signal came while the job was being started
         try:
             while not (status := self.backend.poll(handle)).state.is_terminal:
                 self.watcher.tick(job)
@@ -165,8 +170,11 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1
-        if self.current is None:
-            return  # between two stages; `go` looks at the count before the next one
+        if self.current is not None:
+            self._stop_current()
+
+    def _stop_current(self) -> None:
+        assert self.current is not None
         job, handle = self.current
         if self.signals > 1:
             self.watcher.note("killing the workers")

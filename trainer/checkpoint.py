@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoint_format import (
@@ -65,9 +65,11 @@ def save(engine: Any, spec: TrainSpec, ranks: Ranks, progress: dict[str, int]) -
             write_manifest(partial, _manifest(engine, spec, shards, progress))
             _publish(partial, final)
             _prune(root, progress["step"], spec.checkpoint.keep)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
+        # safetensors reports a full disk as an error of its own, with the system's words in it.
+        reason = e.strerror if isinstance(e, OSError) else str(e)
         raise TrainError(
-            f"cannot write the checkpoint {final}: {e.strerror}",
+            f"cannot write the checkpoint {final}: {reason}",
             "The earlier checkpoints are whole. Free some space, then: launch runs resume " + spec.run_id,
         ) from e
     dist.barrier()

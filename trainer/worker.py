@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         return _fail(
             known.log_dir, rank, "user", f"cannot write {e.filename or 'to the disk'}: {e.strerror}", FULL_DISK_HINT
         )
-    except Exception as e:
+    except Exception as e:  # a process border: whatever ends a rank is written down with its traceback
         return _fail(known.log_dir, rank, "bug", f"{type(e).__name__}: {e}", "")
     return EXIT_OK
 

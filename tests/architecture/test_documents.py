@@ -6,6 +6,8 @@ import fnmatch
 import re
 from pathlib import Path
 
+from launcher.recipe import load_recipe
+
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
 CODE_BLOCK = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+\s+(.*)$", re.MULTILINE)
@@ -77,3 +79,12 @@ def test_the_rules_catch_violations(tmp_path: Path) -> None:
     assert broken_links(page, page.read_text(encoding="utf-8")) == [f"{page}: #c (no such heading)", f"{page}: gone.md"]
     assert UNFINISHED.search("# TODO: later")
     assert not UNFINISHED.search("a to-do list")
+
+
+def test_the_recipe_of_the_readme_loads(root: Path, tmp_path: Path) -> None:
+    found = re.search(r"```yaml\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    (tmp_path / "my.yaml").write_text(found.group(1), encoding="utf-8")
+    (tmp_path / "my.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    recipe = load_recipe(tmp_path / "my.yaml").recipe
+    assert recipe.evaluate.prompts[0].contains == ["小鹪"]

@@ -31,7 +31,7 @@ def folder(tiny, tmp_path):
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-def refused(model, *expected, exit_code=2):
+def assert_refused(model, *expected, exit_code=2):
     with pytest.raises(TrainError) as caught:
         materialise(model)
     assert caught.value.exit_code == exit_code
@@ -56,23 +56,23 @@ def test_a_folder_is_itself(folder):
 def test_incomplete_folders(folder, removed, expected):
     for name in removed:
         (folder / name).unlink()
-    assert refused(spec("folder", folder), expected, str(folder)).hint
+    assert assert_refused(spec("folder", folder), expected, str(folder)).hint
 
 
 def test_what_is_not_a_model_folder(folder, tmp_path):
-    refused(spec("folder", tmp_path / "absent"), "does not exist")
+    assert_refused(spec("folder", tmp_path / "absent"), "does not exist")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
-    refused(spec("folder", adapter), "is an adapter")
+    assert_refused(spec("folder", adapter), "is an adapter")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
-    refused(spec("folder", folder), "Git LFS pointer", "lfs pull")
+    assert_refused(spec("folder", folder), "Git LFS pointer", "lfs pull")
 
 
 def test_truncated_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(spec("folder", folder), "model.safetensors")
+    assert_refused(spec("folder", folder), "model.safetensors")
 
 
 def test_tokenizer_files_are_what_decides_the_tokens(folder):
@@ -104,7 +104,7 @@ def test_what_the_hub_may_answer(monkeypatch, failure, exit_code, expected):
         raise failure
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    refused(spec("hub", "me/model", revision="v9"), expected, exit_code=exit_code)
+    assert_refused(spec("hub", "me/model", revision="v9"), expected, exit_code=exit_code)
 
 
 def test_the_hub_offline(monkeypatch, tmp_path):
@@ -112,7 +112,7 @@ def test_the_hub_offline(monkeypatch, tmp_path):
     for offline, exit_code, expected in ((True, 2, "HF_HUB_OFFLINE forbids"), (False, 75, "cannot be reached")):
         monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda value=offline: value)
         monkeypatch.setattr("huggingface_hub.snapshot_download", _not_cached)
-        error = refused(spec("hub", "me/model"), expected, "me/model", exit_code=exit_code)
+        error = assert_refused(spec("hub", "me/model"), expected, "me/model", exit_code=exit_code)
         for way in ("HF_ENDPOINT", "modelscope:", "local folder"):
             assert way in error.hint
 
@@ -123,7 +123,7 @@ def _not_cached(*_, **__):
 
 def test_modelscope_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    refused(spec("modelscope", "me/model"), "pip install modelscope")
+    assert_refused(spec("modelscope", "me/model"), "pip install modelscope")
 
 
 @pytest.mark.parametrize(("revision", "passed"), [("main", {}), ("v2", {"revision": "v2"})])
@@ -148,9 +148,9 @@ def test_modelscope(monkeypatch, folder, revision, passed):
     assert seen["name"] == "me/model"
     assert {k: v for k, v in seen.items() if k == "revision"} == passed
     package.snapshot_download = _raising(kinds.NotExistError("gone"))
-    refused(spec("modelscope", "me/model"), "gone")
+    assert_refused(spec("modelscope", "me/model"), "gone")
     package.snapshot_download = _raising(kinds.FileDownloadError("cut"))
-    refused(spec("modelscope", "me/model"), "cut", exit_code=75)
+    assert_refused(spec("modelscope", "me/model"), "cut", exit_code=75)
 
 
 def _raising(error):
@@ -176,9 +176,9 @@ def test_random_weights_are_made_once_and_are_the_same_everywhere(folder, tmp_pa
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}), encoding="utf-8")
     assert materialise(spec("random", folder, tmp_path / "a")) != first
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}), encoding="utf-8")
-    refused(spec("random", folder, tmp_path / "a"), "config.json cannot be used", "num_hidden_layers")
+    assert_refused(spec("random", folder, tmp_path / "a"), "config.json cannot be used", "num_hidden_layers")
     (folder / "config.json").write_text('{"model_type": "no_such_model"}', encoding="utf-8")
-    refused(spec("random", folder, tmp_path / "a"), "no_such_model")
+    assert_refused(spec("random", folder, tmp_path / "a"), "no_such_model")
     assert [p.name for p in (tmp_path / "a" / "models").iterdir() if p.name.startswith(".")] == []
 
 
@@ -250,10 +250,10 @@ def test_gguf_becomes_a_plain_folder(tmp_path):
 
 def test_files_that_are_no_gguf(tmp_path):
     path = tmp_path / "m.gguf"
-    refused(spec("gguf", path, tmp_path), "does not exist")
+    assert_refused(spec("gguf", path, tmp_path), "does not exist")
     path.write_bytes(b"version https://git-lfs")
-    refused(spec("gguf", path, tmp_path), "is not a GGUF file")
+    assert_refused(spec("gguf", path, tmp_path), "is not a GGUF file")
     write_gguf(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    refused(spec("gguf", path, tmp_path), "cannot be converted")
+    assert_refused(spec("gguf", path, tmp_path), "cannot be converted")
     assert not any((tmp_path / "models").iterdir())
