@@ -12,6 +12,8 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo    install, then fine-tune a real 135M model and show it before and after"
 	@echo "make test    install, then run every test"
+	@echo "make matrix  every method, ZeRO stage and dtype on a real model (about 15 minutes)"
+	@echo "make bench   time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
 	@echo "make check   format, lint, types, unit and architecture tests (under a minute)"
 	@echo "make clean   remove .venv"
 
@@ -36,9 +38,16 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest -q --durations=15
 
+matrix: install
+	@$(BIN)/python -m pytest -q -s tests/matrix
+
+# BENCH="--rows packed --quick" and the like; `make bench BENCH=--help` lists the options.
+bench: install
+	@$(BIN)/python -m benchmarks.run $(BENCH)
+
 check: install
-	@$(BIN)/ruff format --check launcher cluster trainer tests
-	$(BIN)/ruff check launcher cluster trainer tests
+	@$(BIN)/ruff format --check launcher cluster trainer benchmarks tests
+	$(BIN)/ruff check launcher cluster trainer benchmarks tests
 	$(BIN)/pyright --pythonpath $(BIN)/python & types=$$!
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
 	wait $$types
@@ -46,4 +55,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test matrix bench check clean

@@ -17,6 +17,7 @@ from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, TrainError
 
 from .cli_recipes import app as recipes_app
 from .cli_runs import app as runs_app
+from .cli_verify import app as verify_app
 from .errors import LaunchError
 from .recipe_library import shipped_names
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes", help="List, show, copy and check recipes.")
 app.add_typer(runs_app, name="runs", help="List, show, watch, stop and resume runs.")
+app.add_typer(verify_app, name="verify", help="Check that a layout computes what a simpler one does.")
 
 RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.", metavar="RECIPE")]
 Gpus = Annotated[
@@ -40,6 +42,9 @@ Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
 RunDirOption = Annotated[Path | None, typer.Option(help="Run folder. Default: <run.dir>/<recipe>-<time>-<4 hex>.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.learning_rate=1e-4.")]
 Debug = Annotated[bool, typer.Option(help="All stages for 10 steps in this process, with the first batch shown.")]
+Profile = Annotated[
+    str | None, typer.Option(help="Record these steps, such as 3-5: a trace and a page of costs.", metavar="STEPS")
+]
 Target = Annotated[str, typer.Argument(help="Run id, the start of one, `last`, or a folder.", metavar="RUN_OR_PATH")]
 Out = Annotated[Path | None, typer.Option(help="Output folder; it must not exist.")]
 
@@ -54,6 +59,7 @@ def run_command(
     run_dir: RunDirOption = None,
     sets: Sets = None,
     debug: Debug = False,
+    profile: Profile = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
     resume: Annotated[str | None, typer.Option(help="Continue this run.", metavar="RUN")] = None,
     detach: Annotated[bool, typer.Option(help="Go on in the background, also when the terminal closes.")] = False,
@@ -61,7 +67,8 @@ def run_command(
     """Train, consolidate, merge and evaluate. `launch RECIPE` is short for this."""
     from . import start
 
-    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug)
+    steps = start.parse_profile(profile) if profile is not None else ()
+    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug, steps)
     if dry_run:
         raise typer.Exit(start.show_plan(request, as_json=False))
     if resume is not None:

@@ -18,6 +18,8 @@ from typing import Any
 
 from trainer.spec import EXIT_OK, EXIT_USER
 
+from .compiler import find_compiler, install_hint
+
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 OUR_PACKAGES = ("launcher", "trainer", "cluster")
 REQUIRED = (
@@ -82,7 +84,7 @@ def run_doctor(env: Mapping[str, str] = os.environ, cwd: Path | None = None) -> 
         *check_disk(here, num_cards),
         check_hub(env, (hub_cache_dir().parent / "token").is_file()),
         *(Check("environment", None, text) for text in environment_warnings(env)),
-        check_compiler(env.get("PATH")),
+        check_compiler(env),
         check_locale(locale.getpreferredencoding(False), sys.stdout.encoding or ""),
     ]
 
@@ -261,12 +263,12 @@ def check_hub(env: Mapping[str, str], has_token_file: bool) -> Check:
     return Check("Hub", None if offline else True, f"{text}; token: {token}")
 
 
-def check_compiler(path: str | None) -> Check:
-    """A C++ compiler: DeepSpeed builds its CPU Adam with it, nothing else does."""
-    found = next((c for name in ("c++", "g++", "clang++") if (c := shutil.which(name, path=path))), None)
-    if found is None:
-        return Check("compiler", None, "no C++ compiler; only parallel.offload needs one", "apt install g++")
-    return Check("compiler", True, f"{found} (only parallel.offload needs it)")
+def check_compiler(env: Mapping[str, str]) -> Check:
+    """What torch.compile would call on the CPU. Nothing else in a run is compiled, offloading included."""
+    found = find_compiler("cpu", env)
+    if not found:
+        return Check("compiler", None, "no C++ compiler; only train.compile needs one", install_hint("cpu"))
+    return Check("compiler", True, f"{found} (only train.compile needs it)")
 
 
 def check_locale(preferred: str, stdout: str) -> Check:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.inventory import Selection
 
+from .combinations import OFFLOAD_STAGES, Combination, cautions, offload_reason, refusals
 from .errors import Problem
+from .memory import MemoryInputs, estimate
 from .model_facts import ModelFacts
 from .recipe_schema import Recipe
+from .sequence_parallel import Candidate, allowed_sp, row_notes, size_problem, smallest_that_fits
+
+_STAGES = {
+    0: "nothing is sharded: weights, gradients and optimizer states are whole on every process",
+    1: "optimizer states are sharded",
+    2: "optimizer states and gradients are sharded, weights are whole",
+    3: "weights are sharded too, and loaded in shards: no process holds the whole base",
+}
 
 
 @dataclass(frozen=True)
@@ -23,64 +33,132 @@ class Layout:
     problems: tuple[Problem, ...]
     """Conflicts; `where` is the recipe key."""
     refusals: tuple[Problem, ...]
-    """Combinations that are planned but that this version does not train yet."""
+    """Combinations that can be planned but not trained."""
+    warnings: tuple[str, ...]
 
 
-def decide_layout(recipe: Recipe, selection: Selection, facts: ModelFacts | None) -> Layout:
-    """Lay the run out over the selected devices. Never raises: conflicts are in `problems`."""
+def simplest_layout(selection: Selection) -> Layout:
+    """Every process computes whole rows, one micro batch a step: what candidates are varied from."""
+    world = selection.num_processes
+    return Layout(world, world, 1, 2, 1, (), (), (), ())
+
+
+def decide_layout(
+    recipe: Recipe,
+    selection: Selection,
+    facts: ModelFacts | None,
+    memory: MemoryInputs | None = None,
+    budget_gb: float = 0.0,
+) -> Layout:
+    """Lay the run out over the selected devices. Never raises for a conflict: conflicts are in `problems`.
+
+    `auto` needs the run's `memory` (its layout fields do not count) and `budget_gb`, what one process may use; without
+    them it takes sp 1 and stage 2. Raises LaunchError for LoRA targets that match no layer.
+    """
     world = selection.num_processes
     problems: list[Problem] = []
-    sp, sp_reason = _sequence_parallel(recipe, world, facts, problems)
-    dp = world // sp
-    zero, zero_reason = _zero(recipe)
+    sizes = _sizes(recipe, selection, facts, problems)
+    stages = _stages(recipe, world)
+    candidates = _candidates(sizes, stages, world, memory) if budget_gb else []
+    chosen = smallest_that_fits(candidates, budget_gb) if candidates else Candidate(sizes[0], stages[0], 0.0)
+    sp, zero, dp = chosen.sp, chosen.zero_stage, world // chosen.sp
     accumulate, batch_reason = _batch(recipe, dp, problems)
-    reasons = (
-        ("processes", f"{world} = dp {dp} x sp {sp}" + (f" ({sp_reason})" if sp_reason else "")),
-        ("ZeRO", f"stage {zero} ({zero_reason})"),
+    if sp > 1:
+        batch_reason += f": the {sp} processes of a group share their rows"
+    combination = Combination(
+        recipe.method.name, zero, recipe.model.dtype, recipe.parallel.offload, selection.kind, accumulate
+    )
+    reasons = [
+        ("processes", f"{world} = dp {dp} x sp {sp}" + _sp_reason(recipe, facts, sizes, chosen, candidates, budget_gb)),
+        ("ZeRO", f"stage {zero} ({_zero_reason(recipe, world, chosen, candidates, budget_gb)})"),
+        ("offload", offload_reason(combination)),
         ("global batch", batch_reason),
+    ]
+    return Layout(
+        world,
+        dp,
+        sp,
+        zero,
+        accumulate,
+        tuple((name, text) for name, text in reasons if text),
+        tuple(problems),
+        tuple(refusals(combination, recipe, facts)),
+        tuple(cautions(combination)),
     )
-    refusals = (*_without_model_code(facts), *_not_yet(recipe, sp, zero))
-    return Layout(world, dp, sp, zero, accumulate, reasons, tuple(problems), refusals)
 
 
-def allowed_sp(world: int, facts: ModelFacts | None) -> list[int]:
-    """Sizes that Ulysses can do: they divide the world and the heads, and they and the kv heads divide one another.
-
-    Source: deepspeed/runtime/sequence_parallel/ulysses_sp.py.
-    """
-    sizes = [n for n in range(1, world + 1) if world % n == 0]
-    if facts is None:
-        return sizes
-    kv = facts.num_kv_heads
-    return [n for n in sizes if facts.num_heads % n == 0 and (kv % n == 0 or n % kv == 0)]
-
-
-def _sequence_parallel(
-    recipe: Recipe, world: int, facts: ModelFacts | None, problems: list[Problem]
-) -> tuple[int, str]:
-    wanted = recipe.parallel.sp
-    if wanted == "auto":
-        return 1, "sp auto: one device holds a row"
+def _sizes(recipe: Recipe, selection: Selection, facts: ModelFacts | None, problems: list[Problem]) -> list[int]:
+    """The sp to choose from; never empty."""
+    wanted, world = recipe.parallel.sp, selection.num_processes
     allowed = allowed_sp(world, facts)
-    if wanted in allowed:
-        return wanted, "" if wanted == 1 else f"sp {wanted}: that many devices share one row"
-    heads = f" and {facts.num_heads} heads ({facts.num_kv_heads} kv)" if facts else ""
-    problems.append(
-        Problem(
-            "parallel.sp",
-            f"sp {wanted} does not fit {world} process{'es' if world > 1 else ''}{heads}",
-            f"Allowed: {', '.join(map(str, allowed))}.",
-        )
-    )
-    return 1, ""
+    if wanted == "auto":
+        return allowed
+    if wanted not in allowed:
+        flag = "--cpu " if selection.kind == "cpu" else "--gpus free:"
+        problems.append(size_problem(wanted, world, facts, flag))
+        return [1]
+    return [wanted]
 
 
-def _zero(recipe: Recipe) -> tuple[int, str]:
-    if recipe.parallel.zero == 3:
-        return 3, "parallel.zero: weights are sharded too, once each process has loaded them"
+def _stages(recipe: Recipe, world: int) -> list[int]:
+    """The ZeRO stages to choose from, in order of preference; never empty."""
     if recipe.parallel.zero != "auto":
-        return recipe.parallel.zero, "parallel.zero"
-    return 2, "auto: optimizer states and gradients are sharded, weights are whole"
+        return [recipe.parallel.zero]
+    if recipe.parallel.offload == "parameters":
+        return list(OFFLOAD_STAGES["parameters"])
+    return [2] if world == 1 or recipe.evaluate.samples_every_steps else [2, 3]
+
+
+def _candidates(sizes: list[int], stages: list[int], world: int, memory: MemoryInputs | None) -> list[Candidate]:
+    if memory is None or len(sizes) * len(stages) == 1:
+        return []
+    found = []
+    for sp in sizes:
+        for stage in stages:
+            needs = estimate(replace(memory, dp=world // sp, sp=sp, zero_stage=stage)).total_gb
+            found.append(Candidate(sp, stage, needs))
+    return found
+
+
+def _sp_reason(
+    recipe: Recipe,
+    facts: ModelFacts | None,
+    sizes: list[int],
+    chosen: Candidate,
+    candidates: list[Candidate],
+    budget_gb: float,
+) -> str:
+    sp = chosen.sp
+    notes = [f"sp {sp}: that many processes share one row"] if sp > 1 else []
+    if recipe.parallel.sp == "auto":
+        notes = [_auto_sp_reason(sizes, chosen, candidates, budget_gb)]
+    data = recipe.data
+    notes += row_notes(sp, data.max_length * recipe.train.micro_batch, data.packing, facts)
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _auto_sp_reason(sizes: list[int], chosen: Candidate, candidates: list[Candidate], budget_gb: float) -> str:
+    if len(sizes) == 1:
+        return "sp auto: the processes and heads here allow 1 only"
+    if not candidates:
+        return "sp auto: 1, since the model's sizes or the memory here are unknown"
+    least = {n: min(c.needs_gb for c in candidates if c.sp == n) for n in sizes if n < chosen.sp}
+    tried = ", ".join(f"sp {n} needs {gb:.1f} GB" for n, gb in {**least, chosen.sp: chosen.needs_gb}.items())
+    text = f"sp auto: {tried}; {budget_gb:.1f} GB are free for a process"
+    return text if chosen.needs_gb <= budget_gb else f"{text}, so no size fits and the largest is taken"
+
+
+def _zero_reason(recipe: Recipe, world: int, chosen: Candidate, candidates: list[Candidate], budget_gb: float) -> str:
+    what = _STAGES[chosen.zero_stage] if world > 1 else "one process: there is nothing to shard"
+    if recipe.parallel.zero != "auto":
+        return f"parallel.zero: {what}"
+    if recipe.parallel.offload == "parameters":
+        return f"auto: what offload: parameters needs; {what}"
+    if chosen.zero_stage == 3:
+        two = next(c.needs_gb for c in candidates if (c.sp, c.zero_stage) == (chosen.sp, 2))
+        needs = f"stage 2 needs {two:.1f} GB, stage 3 {chosen.needs_gb:.1f} GB, {budget_gb:.1f} GB are free"
+        return f"auto: {needs}; {what}"
+    return f"auto: {what}"
 
 
 def _batch(recipe: Recipe, dp: int, problems: list[Problem]) -> tuple[int, str]:
@@ -103,36 +181,3 @@ def _batch(recipe: Recipe, dp: int, problems: list[Problem]) -> tuple[int, str]:
     accumulate = accumulate or 1
     total = micro * accumulate * dp
     return accumulate, f"{total} rows = micro {micro} x accumulate {accumulate} x dp {dp}"
-
-
-def _without_model_code(facts: ModelFacts | None) -> list[Problem]:
-    """Families whose only code comes with the weights and was written for transformers 4."""
-    if facts is None or facts.model_type != "internlm2":
-        return []
-    hint = (
-        "InternLM's own tools/convert2llama.py (github.com/InternLM/InternLM) writes the same weights in Llama's format:\n"
-        "run it once and give its output folder as model.source; the rest of the recipe stays as it is."
-    )
-    return [
-        Problem("model.source", "transformers has no InternLM2, and the code beside its weights fits version 4", hint)
-    ]
-
-
-def _not_yet(recipe: Recipe, sp: int, zero: int) -> list[Problem]:
-    """Combinations that this version plans but cannot train."""
-    problems = []
-    if zero == 3 and recipe.method.name == "qlora":
-        hint = "Use parallel.zero: 2, or method: lora."
-        problems.append(Problem("parallel.zero", "QLoRA under ZeRO stage 3 cannot be trained by this version", hint))
-    if zero == 3 and recipe.evaluate.samples_every_steps:
-        hint = "Use evaluate.samples_every_steps: 0, or parallel.zero: 2."
-        problems.append(Problem("evaluate.samples_every_steps", "no rank holds the whole model under ZeRO-3", hint))
-    if zero == 0:
-        problems.append(Problem("parallel.zero", "ZeRO stage 0 cannot be trained by this version", "Use 1 or 2."))
-    if sp > 1:
-        hint = "Use parallel.sp: 1 with a shorter data.max_length."
-        problems.append(Problem("parallel.sp", "sequence parallelism cannot be trained by this version", hint))
-    if recipe.parallel.offload != "none":
-        hint = "Use parallel.offload: none."
-        problems.append(Problem("parallel.offload", "offloading cannot be trained by this version", hint))
-    return problems

@@ -6,33 +6,31 @@ Sources of the formulas:
   activations: the tensors that autograd keeps for a transformers Llama or Qwen2 layer, counted with
   `torch.autograd.graph.saved_tensors_hooks`; recomputation: Korthikanti et al. 2022, arXiv 2205.05198;
   head: trainer/loss.py, which makes the logits of 256 supervised positions at a time, in fp32;
-  live weights of ZeRO-3: `stage3_max_live_parameters`, 1e9 unless set.
+  gradients, buckets and gathered weights: what DeepSpeed 0.19 keeps (runtime/bf16_optimizer.py, runtime/zero/), counted
+  in full fine-tunes of an 82 M parameter model on two CPU processes.
 
 1 GB is 2**30 bytes, as nvidia-smi and the names of cards count.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from trainer.ds_config import LIVE_PARAMETERS, REDUCE_BUCKET, SUB_GROUP
 from trainer.spec import TrainSpec
 
 from .model_facts import ModelFacts, linear_layers, lora_parameters
 
 GB = 2**30
 
+_WHOLE_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: where whole gradients are reduced, whatever the configuration
+
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _HEAD_CHUNK_TOKENS = 256
-_REDUCE_BUCKET = 50_000_000
-_LIVE_PARAMETERS = 1_000_000_000
 _CUDA_CONTEXT_GB = 0.5
 _NCCL_GB = 0.4
 _CPU_PROCESS_GB = 0.6
 _SLACK = 0.06
-_LENGTH_STEP = 256
-_DEFAULT_LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,11 @@ class MemoryInputs:
         """ZeRO shards over all ranks: data-parallel and sequence-parallel alike."""
         return self.dp * self.sp
 
+    @property
+    def moves_to_host(self) -> bool:
+        """Something leaves the device. On CPU, offloading moves from CPU memory to CPU memory."""
+        return self.offload != "none" and self.device == "cuda"
+
 
 @dataclass(frozen=True)
 class Term:
@@ -87,23 +90,13 @@ class MemoryEstimate:
     """Of one device at its peak; their sum is `total_gb`."""
     total_gb: float
     host_terms: tuple[Term, ...]
-    """CPU memory of one process, when something is offloaded."""
+    """CPU memory of one process, when something leaves the device."""
     disk_terms: tuple[Term, ...]
     disk_gb: float
     checkpoint_gb: float
     """One checkpoint."""
     is_approximate: bool
     """The model family's layers are not known exactly."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """One recipe key that makes the run fit."""
-
-    key: str
-    value: str
-    reason: str
-    total_gb: float
 
 
 def inputs_of(spec: TrainSpec, facts: ModelFacts) -> MemoryInputs:
@@ -137,7 +130,7 @@ def estimate(inputs: MemoryInputs) -> MemoryEstimate:
     # The fp32 gradients of the update exist when the activations are gone: only the larger of the two counts.
     if update.gb > sum(t.gb for t in working):
         working = [update]
-    terms = [*held, *working, _runtime(inputs)]
+    terms = [*held, *working, *_copies(inputs), _runtime(inputs)]
     subtotal = sum(t.gb for t in terms)
     terms.append(Term("slack", subtotal * _SLACK, f"{_SLACK:.0%} of the above for rounding and fragmentation"))
     checkpoint_gb = 12 * inputs.num_trainable / GB
@@ -153,111 +146,107 @@ def estimate(inputs: MemoryInputs) -> MemoryEstimate:
     )
 
 
-def smallest_change(inputs: MemoryInputs, budget_gb: float, max_zero_stage: int = 3) -> Change | None:
-    """The first single change, from harmless to costly, with which one device needs at most `budget_gb`.
-
-    None when the run fits as it is, or when no single change is enough. `max_zero_stage` is the highest that this
-    device set can train.
-    """
-    if estimate(inputs).total_gb <= budget_gb:
-        return None
-    for key, value, reason, changed in _candidates(inputs, budget_gb, max_zero_stage):
-        total = estimate(changed).total_gb
-        if total <= budget_gb:
-            return Change(key, value, reason, total)
-    return None
-
-
-def _candidates(
-    inputs: MemoryInputs, budget_gb: float, max_zero_stage: int
-) -> Iterator[tuple[str, str, str, MemoryInputs]]:
-    replace = dataclasses.replace
-    if not inputs.gradient_checkpointing:
-        changed = replace(inputs, gradient_checkpointing=True)
-        yield "train.gradient_checkpointing", "true", "same result, about a third more time", changed
-    if inputs.micro_batch > 1:
-        reason = f"with train.accumulate {inputs.micro_batch} times larger the result is the same"
-        yield "train.micro_batch", "1", reason, replace(inputs, micro_batch=1)
-    if inputs.method != "qlora":
-        rank = inputs.rank or _DEFAULT_LORA_RANK
-        targets = inputs.targets or ("all-linear",)
-        if inputs.method == "full":
-            changed = replace(inputs, method="lora", rank=rank, targets=targets)
-            yield "method", "lora", f"trains {changed.num_trainable / 1e6:.1f} M adapter weights only", changed
-        changed = replace(inputs, method="qlora", rank=rank, targets=targets, double_quant=True)
-        if inputs.device == "cuda":
-            yield "method", "qlora", "holds the base model in 4 bits", changed
-    if inputs.shards > 1:
-        for stage in range(inputs.zero_stage + 1, max_zero_stage + 1):
-            changed = replace(inputs, zero_stage=stage)
-            yield "parallel.zero", str(stage), f"shards more over the {inputs.shards} devices", changed
-    length = _longest_that_fits(inputs, budget_gb)
-    if length:
-        reason = "longer documents are cut or dropped (data.too_long)"
-        yield "data.max_length", str(length), reason, replace(inputs, max_length=length)
-    if inputs.offload == "none" and inputs.device == "cuda":
-        yield "parallel.offload", "optimizer", "same result, slower steps", replace(inputs, offload="optimizer")
-
-
-def _longest_that_fits(inputs: MemoryInputs, budget_gb: float) -> int:
-    """Largest multiple of 256 tokens below max_length that fits, or 0."""
-    low, high = 0, (inputs.max_length - 1) // _LENGTH_STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = estimate(dataclasses.replace(inputs, max_length=middle * _LENGTH_STEP)).total_gb <= budget_gb
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low * _LENGTH_STEP
-
-
 def _billions(count: float) -> str:
     return f"{count / 1e9:.3f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
 def _weights(inputs: MemoryInputs) -> Term:
+    num_bytes, constants, text = _base_bytes(inputs)
+    if inputs.zero_stage < 3 or inputs.shards == 1:
+        return Term("weights", (num_bytes + constants) / GB, text)
+    # The largest layer is gathered whole in any case, so loading, which reads layer by layer, never needs more.
+    gathered = min(
+        num_bytes, max(LIVE_PARAMETERS[inputs.device] * _ELEMENT_BYTES[inputs.dtype], _largest_layer_bytes(inputs))
+    )
+    text = f"({text}) / {inputs.shards} shards + {gathered / GB:.2f} GB gathered at a time"
+    sharded = num_bytes / inputs.shards
+    if inputs.device == "cpu":
+        # DeepSpeed copies the shards into one piece, and the C library does not give the first ones back.
+        sharded, text = 2 * sharded, f"2 x {text}"
+    if inputs.offload == "parameters" and inputs.moves_to_host:
+        sharded, text = 0.0, f"{gathered / GB:.2f} GB gathered at a time; the rest is in CPU memory"
+    if constants:
+        text += f" + {constants / GB:.2f} GB of constants on every device"
+    return Term("weights", (sharded + gathered + constants) / GB, text)
+
+
+def _base_bytes(inputs: MemoryInputs) -> tuple[float, float, str]:
+    """Bytes of all weights, adapters included; bytes of NF4's constants, which ZeRO does not shard; the arithmetic."""
     facts, size = inputs.facts, _ELEMENT_BYTES[inputs.dtype]
     adapters = 0 if inputs.method == "full" else inputs.num_trainable
-    if inputs.method == "qlora":
-        constants = 1 / 64 + 4 / (64 * 256) if inputs.double_quant else 4 / 64
-        other = facts.num_parameters - facts.num_linear_parameters + adapters
-        num_bytes = facts.num_linear_parameters * (0.5 + constants) + other * size
-        text = f"{_billions(facts.num_linear_parameters)} x {0.5 + constants:.3f} (NF4) + {_billions(other)} x {size} bytes"
-    else:
-        num_bytes = float((facts.num_parameters + adapters) * size)
-        text = f"{_billions(facts.num_parameters + adapters)} x {size} bytes ({inputs.dtype})"
-    if inputs.zero_stage == 3 and inputs.shards > 1:
-        live = min(num_bytes, _LIVE_PARAMETERS * num_bytes / facts.num_parameters)
-        sharded = 0.0 if inputs.offload == "parameters" else num_bytes / inputs.shards
-        text = f"({text}) / {inputs.shards} shards + {live / GB:.2f} GB gathered at a time"
-        if inputs.offload == "parameters":
-            text = f"{live / GB:.2f} GB gathered at a time; the rest is in CPU memory"
-        num_bytes = sharded + live
-    return Term("weights", num_bytes / GB, text)
+    if inputs.method != "qlora":
+        count = facts.num_parameters + adapters
+        return float(count * size), 0.0, f"{_billions(count)} x {size} bytes ({inputs.dtype})"
+    constant = 1 / 64 + 4 / (64 * 256) if inputs.double_quant else 4 / 64
+    linear = facts.num_linear_parameters
+    other = facts.num_parameters - linear + adapters
+    text = f"{_billions(linear)} x {0.5 + constant:.3f} (NF4) + {_billions(other)} x {size} bytes"
+    return linear * 0.5 + other * size, linear * constant, text
+
+
+def _largest_layer_bytes(inputs: MemoryInputs) -> int:
+    """The largest of what ZeRO-3 gathers, and reads from disk, at once: the embedding or one linear layer."""
+    facts = inputs.facts
+    return max(facts.vocab_size, facts.intermediate_size) * facts.hidden_size * _ELEMENT_BYTES[inputs.dtype]
+
+
+def _sum_bytes(inputs: MemoryInputs) -> int:
+    """Bytes of one element in which the gradients of several micro batches are added up."""
+    return 4 if inputs.dtype != "fp32" and inputs.zero_stage > 0 else _ELEMENT_BYTES[inputs.dtype]
+
+
+def _keeps_both_gradients(inputs: MemoryInputs) -> bool:
+    """Stage 1 in bf16 is DeepSpeed's BF16_Optimizer: bf16 gradients, and fp32 sums of them, whole on every rank."""
+    return inputs.zero_stage == 1 and inputs.dtype == "bf16" and inputs.offload == "none"
 
 
 def _gradients(inputs: MemoryInputs) -> Term:
-    trainable, size = inputs.num_trainable, _ELEMENT_BYTES[inputs.dtype]
-    if inputs.zero_stage >= 2 and inputs.shards > 1:
-        bucket = min(trainable, _REDUCE_BUCKET) * size * (2 if inputs.device == "cuda" else 1)
-        own = 0.0 if inputs.offload != "none" else trainable * size / inputs.shards
-        text = (
-            f"{_billions(trainable)} x {size} bytes / {inputs.shards} shards + {bucket / GB:.2f} GB reduction buckets"
-        )
-        return Term("gradients", (own + bucket) / GB, text)
-    return Term("gradients", trainable * size / GB, f"{_billions(trainable)} x {size} bytes")
+    trainable, size, sums = inputs.num_trainable, _ELEMENT_BYTES[inputs.dtype], _sum_bytes(inputs)
+    count = _billions(trainable)
+    bucket, what = _bucket_bytes(inputs)
+    if inputs.zero_stage == 0:
+        return Term("gradients", (trainable * size + bucket) / GB, f"{count} x {size} bytes + {what}")
+    if _keeps_both_gradients(inputs):
+        text = f"{count} x ({size} + {sums}) bytes (bf16, and fp32 sums) + {what}"
+        return Term("gradients", (trainable * (size + sums) + bucket) / GB, text)
+    if inputs.zero_stage == 1:
+        return Term("gradients", (trainable * sums + bucket) / GB, f"{count} x {sums} bytes + {what}")
+    if inputs.moves_to_host:
+        return Term("gradients", bucket / GB, f"{what}; the rest is in CPU memory")
+    shards = f" / {inputs.shards} shards" if inputs.shards > 1 else ""
+    return Term(
+        "gradients", (trainable * sums / inputs.shards + bucket) / GB, f"{count} x {sums} bytes{shards} + {what}"
+    )
+
+
+def _bucket_bytes(inputs: MemoryInputs) -> tuple[float, str]:
+    """Gradients on their way to the other ranks. On CUDA the buffer is made in full, and twice where it is overlapped."""
+    size, sums, stage = _ELEMENT_BYTES[inputs.dtype], _sum_bytes(inputs), inputs.zero_stage
+    if stage == 0 or _keeps_both_gradients(inputs):
+        num_bytes = float(min(inputs.num_trainable, _WHOLE_BUCKET) * sums if inputs.shards > 1 else 0)
+    else:
+        bucket = REDUCE_BUCKET[inputs.device]
+        touched = min(inputs.num_trainable, bucket)
+        held = touched if inputs.device == "cpu" else bucket * (1 if stage == 3 else 2)
+        # Stage 3 copies the bucket in the dtype of the sums before it cuts it.
+        num_bytes = float(held * size + (touched * sums if stage == 3 else 0))
+    return num_bytes, f"{num_bytes / GB:.2f} GB reduction buckets"
 
 
 def _optimizer_bytes(inputs: MemoryInputs) -> tuple[float, str]:
     trainable = _billions(inputs.num_trainable)
-    if inputs.zero_stage == 0 and inputs.dtype == "fp32":
-        return inputs.num_trainable * 8.0, f"{trainable} x 8 bytes (two fp32 moments)"
     shards = inputs.shards if inputs.zero_stage >= 1 else 1
-    text = f"{trainable} x 12 bytes (fp32 master and two moments)" + (f" / {shards} shards" if shards > 1 else "")
-    return inputs.num_trainable * 12 / shards, text
+    per, what = 12, "fp32 master and two moments"
+    if inputs.dtype == "fp32" and inputs.zero_stage == 0:
+        # The weights are the masters: the other stages copy them.
+        per, what = 8, "two fp32 moments"
+    text = f"{trainable} x {per} bytes ({what})" + (f" / {shards} shards" if shards > 1 else "")
+    return inputs.num_trainable * per / shards, text
 
 
 def _optimizer(inputs: MemoryInputs) -> Term:
     num_bytes, text = _optimizer_bytes(inputs)
-    return Term("optimizer", 0.0 if inputs.offload != "none" else num_bytes / GB, text)
+    return Term("optimizer", 0.0 if inputs.moves_to_host else num_bytes / GB, text)
 
 
 def _layer_bytes(inputs: MemoryInputs) -> int:
@@ -317,9 +306,14 @@ def _working(inputs: MemoryInputs) -> Term:
 
 
 def _update(inputs: MemoryInputs) -> Term:
-    shards = inputs.shards if inputs.zero_stage >= 1 else 1
-    num_bytes = 0 if inputs.dtype == "fp32" or inputs.offload != "none" else inputs.num_trainable * 4 / shards
-    return Term("update", num_bytes / GB, f"{_billions(inputs.num_trainable)} x 4 bytes (fp32 gradients) / {shards}")
+    """The fp32 gradients that AdamW reads, where they are a copy."""
+    stage, is_fp32 = inputs.zero_stage, inputs.dtype == "fp32"
+    is_view = _keeps_both_gradients(inputs) or (stage == 2 and inputs.dtype == "bf16") or (stage == 0 and is_fp32)
+    count = inputs.num_trainable if stage == 0 else inputs.num_trainable / inputs.shards
+    if stage == 3:
+        count = min(count, SUB_GROUP[inputs.device])
+    num_bytes = 0.0 if is_view or inputs.moves_to_host else 4.0 * count
+    return Term("update", num_bytes / GB, f"{_billions(count)} x 4 bytes (fp32 gradients)")
 
 
 def _runtime(inputs: MemoryInputs) -> Term:
@@ -331,19 +325,28 @@ def _runtime(inputs: MemoryInputs) -> Term:
 
 
 def _host(inputs: MemoryInputs) -> tuple[Term, ...]:
-    if inputs.offload == "none":
+    if not inputs.moves_to_host:
         return ()
     num_bytes, text = _optimizer_bytes(inputs)
-    gradients = inputs.num_trainable * 4 / inputs.shards
-    terms = [
-        Term("optimizer", num_bytes / GB, text),
-        Term("gradients", gradients / GB, f"{_billions(inputs.num_trainable)} x 4 bytes / {inputs.shards} shards"),
-    ]
+    terms = [Term("optimizer", num_bytes / GB, text), _gradients_on_host(inputs)]
     if inputs.offload == "parameters":
-        size = _ELEMENT_BYTES[inputs.dtype]
-        text = f"{_billions(inputs.facts.num_parameters)} x {size} bytes / {inputs.shards} shards"
-        terms.append(Term("weights", inputs.facts.num_parameters * size / inputs.shards / GB, text))
+        base, _, text = _base_bytes(inputs)
+        terms.append(Term("weights", base / inputs.shards / GB, f"({text}) / {inputs.shards} shards"))
     return tuple(terms)
+
+
+def _gradients_on_host(inputs: MemoryInputs) -> Term:
+    """fp32 gradients for the update, sums of the micro batches, and the new weights on their way back."""
+    per = 4 + _sum_bytes(inputs) + _ELEMENT_BYTES[inputs.dtype]
+    text = f"{_billions(inputs.num_trainable)} x {per} bytes / {inputs.shards} shards"
+    return Term("gradients", inputs.num_trainable * per / inputs.shards / GB, text)
+
+
+def _copies(inputs: MemoryInputs) -> tuple[Term, ...]:
+    """On CPU, offloading makes its copies all the same, in the memory that it should relieve."""
+    if inputs.offload == "none" or inputs.moves_to_host:
+        return ()
+    return (replace(_gradients_on_host(inputs), name="offload copies"),)
 
 
 def _disk(inputs: MemoryInputs, checkpoint_gb: float) -> tuple[Term, ...]:

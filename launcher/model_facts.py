@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .attention_kinds import RECURRENT, REFUSED, kinds_of_config, kinds_of_gguf
 from .errors import LaunchError
 from .gguf_header import GgufHeader, SkippedArray, read_gguf_header
 from .known_models import known_chat_template, known_config
@@ -46,6 +47,8 @@ class ModelFacts:
     """0 when the model does not say."""
     sliding_window: int | None
     """Tokens; None when every token may attend to all before it."""
+    attention: tuple[str, ...]
+    """Kinds of attention_kinds.py that its layers have; never empty."""
     num_experts: int
     """0 for a dense model."""
     num_parameters: int
@@ -96,7 +99,8 @@ _NAMES = {
 def read_facts(ref: SourceRef, revision: str = "main") -> ModelFacts | None:
     """Sizes of the model that `ref` names, or None when only a download can tell. Reads headers, never weights.
 
-    Raises LaunchError for a config.json or GGUF header that is damaged, with file and line or byte.
+    Raises LaunchError for a config.json or GGUF header that is damaged, with file and line or byte, and for a model
+    without attention.
     """
     if ref.kind == "gguf":
         return _facts_of_gguf(read_gguf_header(Path(ref.location)))
@@ -256,9 +260,12 @@ def _facts_of_config(
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
     dims = {key: next((v for n in names if (v := _count(text, n))), 0) for key, names in _NAMES.items()}
-    if not all(dims.values()):
-        return None
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+    attention = kinds_of_config({**text, "model_type": model_type})
+    if not all(dims.values()):
+        if RECURRENT in attention:
+            raise LaunchError(f"{model_type} cannot be trained: {REFUSED[RECURRENT]}", "Choose a transformer model.")
+        return None
     family = _FAMILIES.get(model_type, _Family())
     experts = _count(text, "num_experts") or _count(text, "num_local_experts") or _count(text, "n_routed_experts")
     if not experts:
@@ -275,6 +282,7 @@ def _facts_of_config(
         tie_word_embeddings=bool(tied),
         max_positions=_count(text, "max_position_embeddings") or _count(text, "n_positions"),
         sliding_window=window or None,
+        attention=attention,
         num_experts=experts,
         num_parameters=0,
         num_linear_parameters=0,
@@ -342,6 +350,7 @@ def _facts_of_gguf(header: GgufHeader) -> ModelFacts:
         tie_word_embeddings=all(t.name != "output.weight" for t in header.tensors),
         max_positions=_largest(meta.get(f"{arch}.context_length")),
         sliding_window=_largest(meta.get(f"{arch}.attention.sliding_window")) or None,
+        attention=kinds_of_gguf(arch, meta, (t.name for t in header.tensors)),
         num_experts=experts,
         # rope_freqs is a constant that llama.cpp stores, not a weight.
         num_parameters=sum(t.num_elements for t in header.tensors if not t.name.startswith("rope_")),

@@ -27,12 +27,14 @@ from trainer.spec import (
     TrainSpec,
 )
 
+from .combinations import compile_refusals
+from .compiler import install_hint
 from .errors import PlanError, Problem
-from .layout import Layout, decide_layout
-from .memory import MemoryEstimate
+from .layout import Layout, decide_layout, simplest_layout
+from .memory import MemoryEstimate, inputs_of
 from .model_facts import ModelFacts
 from .model_source import SourceRef
-from .plan_memory import estimate_plan, memory_warnings
+from .plan_memory import budget_gb, estimate_plan, memory_warnings
 from .recipe import LoadedRecipe
 from .recipe_schema import Recipe
 from .run_dir import RunDir
@@ -55,6 +57,9 @@ class Options:
     """The command as typed, for the report."""
     warnings: tuple[str, ...]
     """What is odd about this machine's environment."""
+    profile_steps: tuple[int, ...] = ()
+    compiler: str = ""
+    """What torch.compile would call on this machine; "" for nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,9 @@ def plan_run(
 ) -> Plan:
     """Decide everything. `facts` is None when the model's sizes are not known here. Raises PlanError with every conflict."""
     recipe = loaded.recipe
-    layout = decide_layout(recipe, selection, facts)
+    draft = _spec(loaded, selection, source, simplest_layout(selection), run, options)
+    needs = inputs_of(draft, facts) if facts else None
+    layout = decide_layout(recipe, selection, facts, needs, budget_gb(selection, options.host_memory_gb))
     if layout.problems:
         raise PlanError(_located(loaded, layout.problems))
     spec = _spec(loaded, selection, source, layout, run, options)
@@ -105,6 +112,7 @@ def plan_run(
         *loaded.notes,
         *options.warnings,
         *selection.warnings,
+        *layout.warnings,
         *memory_warnings(spec, memory, selection, facts, options.host_memory_gb),
     ]
     reasons = [
@@ -112,6 +120,8 @@ def plan_run(
         *(Reason(name, text) for name, text in layout.reasons),
         *_step_reasons(spec),
     ]
+    hint = install_hint(selection.kind)
+    refusals = (*layout.refusals, *compile_refusals(spec.optim.compile, options.compiler, hint))
     return Plan(
         spec=spec,
         backend=options.backend,
@@ -119,7 +129,7 @@ def plan_run(
         devices=tuple(dataclasses.asdict(d) for d in selection.devices),
         reasons=tuple(reasons),
         warnings=tuple(warnings),
-        refusals=tuple(_located(loaded, layout.refusals)),
+        refusals=tuple(_located(loaded, refusals)),
         memory=memory,
         recipe_files=tuple(str(f) for f in loaded.files),
         command=options.command,
@@ -180,6 +190,7 @@ def _spec(
         paths=run.paths(),
         deepspeed={},
         debug=options.debug,
+        profile_steps=options.profile_steps,
     )
 
 
@@ -211,6 +222,7 @@ def _optim(recipe: Recipe, layout: Layout, device: str, debug: bool) -> OptimSpe
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         gradient_checkpointing=device == "cuda" if checkpointing == "auto" else checkpointing,
+        compile=train.compile is True,
     )
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from cluster.inventory import Selection
 from trainer.spec import TrainSpec
 
-from .memory import MemoryEstimate, estimate, inputs_of, smallest_change
+from .memory import MemoryEstimate, estimate, inputs_of
+from .memory_change import smallest_change
 from .model_facts import ModelFacts
-
-TRAINABLE_ZERO_STAGE = 2
 
 
 def estimate_plan(spec: TrainSpec, facts: ModelFacts | None) -> MemoryEstimate | None:
     """None when the model's sizes are unknown. Raises LaunchError for LoRA targets that match no layer."""
     return None if facts is None else estimate(inputs_of(spec, facts))
+
+
+def budget_gb(selection: Selection, host_gb: float) -> float:
+    """Memory that one process may use, in 2**30 bytes: of the fullest device, or its part of the host; 0: unknown."""
+    if selection.kind == "cpu":
+        return host_gb / selection.num_processes
+    return min(d.memory_free_gb for d in selection.devices)
 
 
 def memory_warnings(
@@ -28,9 +34,15 @@ def memory_warnings(
     else:
         tight = [(f"device {d.index}", d.memory_free_gb) for d in selection.devices if d.memory_free_gb]
     warnings = []
+    # No rank could answer the samples under ZeRO-3.
+    max_zero_stage = 2 if spec.evaluate.samples_every_steps else 3
     for name, has in tight:
         if needs > has:
-            change = smallest_change(inputs_of(spec, facts), has, TRAINABLE_ZERO_STAGE)
+            change = smallest_change(inputs_of(spec, facts), has, host_gb, max_zero_stage)
             advice = f"; {change.key}: {change.value} would need {change.total_gb:.1f} GB" if change else ""
             warnings.append(f"about {needs:.1f} GB are needed per process, {name} has {has:.1f} GB for it{advice}")
+    moved = sum(t.gb for t in memory.host_terms) * selection.num_processes
+    if host_gb and moved > host_gb:
+        text = f"parallel.offload {spec.parallel.offload} needs about {moved:.0f} GB of CPU memory"
+        warnings.append(f"{text}, this host has {host_gb:.0f} GB")
     return warnings

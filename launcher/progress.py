@@ -108,15 +108,34 @@ class Progress:
             return ""
         left = (row["total_steps"] - row["step"]) * sum(self.seconds_per_step) / len(self.seconds_per_step)
         return (
-            f"step {row['step']}/{row['total_steps']}  loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
-            f"ETA {clock(left)}  {row['memory_gb']:.1f} GB"
+            f"step {row['step']}/{row['total_steps']}  loss {_loss(row)}  {row['tokens_per_second']:.0f} tokens/s  "
+            f"{_peak(row, '  ')}ETA {clock(left)}  {row['memory_gb']:.1f} GB{_skipped(row, '  ')}"
         )
 
     def _summary(self) -> str:
         row = self.last
         if row is None:
             return ""
-        return f"{row['step']} steps, loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s, {row['memory_gb']:.1f} GB"
+        return (
+            f"{row['step']} steps, loss {_loss(row)}, {row['tokens_per_second']:.0f} tokens/s, {_peak(row, ', ')}"
+            f"{row['memory_gb']:.1f} GB{_skipped(row, ', ')}"
+        )
+
+
+def _loss(row: dict[str, Any]) -> str:
+    """The loss of a step that fp16 skipped may be null."""
+    return "n/a" if row["loss"] is None else f"{row['loss']:.4f}"
+
+
+def _peak(row: dict[str, Any], end: str) -> str:
+    """Share of the machine's matrix product rate; null until that is measured."""
+    share = row.get("share_of_peak")
+    return "" if share is None else f"{share:.0%} of peak{end}"
+
+
+def _skipped(row: dict[str, Any], start: str) -> str:
+    skipped = row.get("skipped_steps")
+    return f"{start}{skipped} skipped" if skipped else ""
 
 
 def clock(seconds: float) -> str:

@@ -74,7 +74,7 @@ def _check_method(tree: Node, found: Findings) -> None:
 def _check_offload(tree: Node, found: Findings) -> None:
     offload = _given(tree, "parallel.offload", found)
     zero = _value(tree, "parallel.zero", found)
-    if not offload or zero is None:
+    if not offload or zero in (None, "auto"):
         return
     zero_node = get(tree, "parallel.zero")
     at = f" ({zero_node.at})" if zero_node else " (the default)"

@@ -105,6 +105,8 @@ class Train(Section):
     """Clip the gradient to this norm; 0 turns clipping off."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto: on for CUDA, off for CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile each decoder layer with torch.compile (needs a C++ compiler on CPU)."""
     seed: int = 42
     """Seed of the adapters' initial weights, dropout and the data order."""
 
@@ -113,11 +115,11 @@ class Parallel(Section):
     """How it is spread over devices. Which devices: the --gpus or --cpu flag."""
 
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 weights too. auto: 2."""
+    """DeepSpeed ZeRO stage: 0 shards nothing, 1 optimizer states, 2 gradients too, 3 weights too. auto: 2, or 3 where only that fits."""
     sp: Positive | Literal["auto"] = 1
-    """Sequence parallelism (Ulysses): this many devices share one row. auto: the smallest that fits max_length."""
+    """Sequence parallelism (Ulysses): this many devices share one row. auto: the smallest whose memory estimate fits max_length."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """Keep optimizer states, or parameters too, in CPU memory."""
+    """Keep optimizer states (ZeRO 1, 2 or 3), or parameters too (ZeRO 3), in CPU memory."""
 
 
 class Checkpoint(Section):

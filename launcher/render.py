@@ -64,10 +64,14 @@ def _data_line(plan: Plan) -> str:
 
 
 def _memory(memory: MemoryEstimate) -> list[str]:
-    return [
+    lines = [
         f"{memory.total_gb:.1f} GB per device (estimate)",
         *(f"  {term.name} {term.gb:.2f} GB = {term.arithmetic}" for term in memory.terms),
     ]
+    if memory.host_terms:
+        lines.append(f"{sum(term.gb for term in memory.host_terms):.1f} GB of CPU memory per process")
+        lines += [f"  {term.name} {term.gb:.2f} GB = {term.arithmetic}" for term in memory.host_terms]
+    return lines
 
 
 def _checkpoint_line(plan: Plan) -> str:

@@ -81,6 +81,14 @@ class RunDir:
         return self.root / "report"
 
     @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
+    @property
+    def bad_batches(self) -> Path:
+        return self.root / "bad_batches"
+
+    @property
     def stop_request(self) -> Path:
         return self.root / "stop_requested"
 
@@ -117,6 +125,8 @@ class RunDir:
             adapter_dir=str(self.adapter),
             merged_dir=str(self.merged),
             report_dir=str(self.report),
+            profile_dir=str(self.profile),
+            bad_batches_dir=str(self.bad_batches),
             stop_request=str(self.stop_request),
         )
 

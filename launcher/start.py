@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -20,6 +21,7 @@ from .run_dir import RunDir, new_run_id, read_json, write_atomic, write_json
 
 RECORDED_PACKAGES = ("tunelaunch", "torch", "transformers", "peft", "bitsandbytes", "datasets", "deepspeed", "ray")
 FOLLOW_WAIT_S = 10.0
+MAX_PROFILE_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Request:
     run_dir: Path | None
     sets: tuple[str, ...]
     debug: bool
+    profile_steps: tuple[int, ...] = ()
+    """1-based optimizer steps to record; see `parse_profile`."""
 
 
 def cache_dir() -> Path:
@@ -54,6 +58,7 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
     from cluster.inventory import cpu_selection, select
     from cluster.nvml import read_inventory
 
+    from .compiler import find_compiler
     from .model_facts import read_facts
     from .model_source import resolve_source
     from .plan import Options, plan_run
@@ -89,8 +94,40 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
         host_memory_gb=inventory.memory_gb,
         command=_command_line(),
         warnings=tuple(environment_warnings(os.environ)),
+        profile_steps=request.profile_steps,
+        compiler=find_compiler(selection.kind, os.environ),
     )
-    return plan_run(loaded, selection, source, facts, run, options), loaded, run
+    plan = plan_run(loaded, selection, source, facts, run, options)
+    _check_profile(request.profile_steps, plan.spec.optim.max_steps)
+    return plan, loaded, run
+
+
+def parse_profile(text: str) -> tuple[int, ...]:
+    """`10`, `3-5` or `3,4,5` -> step numbers. Raises LaunchError for anything but a few consecutive steps from 1 on."""
+    hint = f"Allowed: one step (10), or at most {MAX_PROFILE_STEPS} consecutive ones (3-5, or 3,4,5), counted from 1."
+    match = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
+    if match:
+        first, last = int(match[1]), int(match[2])
+        if last - first >= MAX_PROFILE_STEPS:
+            raise LaunchError(f"--profile {text}: {last - first + 1} steps are too many for one trace", hint)
+        steps = list(range(first, last + 1))
+    elif re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", text):
+        steps = sorted({int(part) for part in text.split(",")})
+    else:
+        raise LaunchError(f"--profile {text}: is not a list of steps", hint)
+    if not steps or steps[0] < 1:
+        raise LaunchError(f"--profile {text}: there is no such step", hint)
+    if len(steps) > MAX_PROFILE_STEPS:
+        raise LaunchError(f"--profile {text}: {len(steps)} steps are too many for one trace", hint)
+    if steps != list(range(steps[0], steps[-1] + 1)):
+        raise LaunchError(f"--profile {text}: the steps are not consecutive, and one trace holds all of them", hint)
+    return tuple(steps)
+
+
+def _check_profile(steps: tuple[int, ...], max_steps: int) -> None:
+    """Where the recipe gives epochs, the number of steps is only known once the data is prepared; then the run says it."""
+    if max_steps and steps and steps[-1] > max_steps:
+        raise LaunchError(f"--profile: step {steps[-1]} does not exist", f"This run has {max_steps} steps.")
 
 
 def _command_line() -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_attention import DocumentAttention
 from .spec import TrainError
 
 NAME = "packed"
@@ -54,6 +55,11 @@ def packed_attention(
     lengths = document_lengths or (length_q,)
     if len(lengths) > 1 and dropout == 0.0 and _has_flash(query_BHTD):
         return _varlen(query_BHTD, key_BKTD, value_BKTD, lengths, scaling, sliding_window), None
+    whole = sliding_window is None or max(lengths) <= sliding_window
+    if whole and dropout == 0.0 and _trains_on_cpu(query_BHTD, value_BKTD):
+        scaling = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+        out: Any = DocumentAttention.apply(query_BHTD, key_BKTD, value_BKTD, lengths, scaling)
+        return out.transpose(1, 2), None
     outs = []
     for q, k, v in zip(
         query_BHTD.split(lengths, 2), key_BKTD.split(lengths, 2), value_BKTD.split(lengths, 2), strict=True
@@ -65,6 +71,13 @@ def packed_attention(
             )
         )
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _trains_on_cpu(query_BHTD: torch.Tensor, value_BKTD: torch.Tensor) -> bool:
+    """Whether a gradient will be asked of our own backward pass, which is for one row and one head size."""
+    if not query_BHTD.requires_grad or not torch.is_grad_enabled() or query_BHTD.dtype != torch.bfloat16:
+        return False
+    return query_BHTD.device.type == "cpu" and len(query_BHTD) == 1 and query_BHTD.shape[-1] == value_BKTD.shape[-1]
 
 
 def _has_flash(query_BHTD: torch.Tensor) -> bool:

@@ -37,6 +37,7 @@ from .engine import (
     optimizer_step,
     set_loss_scaler_state,
     set_optimizer_step,
+    weight_slice,
 )
 from .model import PackedLanguageModel
 from .spec import TrainError, TrainSpec
@@ -86,7 +87,9 @@ def _write_shard(engine: Any, folder: Path, ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         tensors["rng|cuda"] = torch.cuda.get_rng_state(ranks.device)
     fragments: dict[str, tuple[int, int]] = {}
-    for fragment in local_fragments(engine):
+    # Under ZeRO-0 every rank holds the same whole tensors: one copy is enough.
+    writes = ranks.rank == 0 or engine.zero_optimization_stage() > 0
+    for fragment in local_fragments(engine) if writes else ():
         fragments[fragment.name] = (fragment.start, fragment.numel)
         tensors |= {f"{fragment.name}|{key}": fragment.tensors[key].cpu() for key in STATES}
     path = folder / f"rank_{ranks.rank:05d}.safetensors"
@@ -191,9 +194,12 @@ def load_weights(model: PackedLanguageModel, folder: Path) -> None:
     with torch.no_grad():
         for shard in manifest.files:
             with safe_open(str(folder / shard.file), "pt") as tensors:
-                for name, (start, numel) in shard.fragments.items():
-                    flat = trainable[name].data.view(-1)
-                    flat[start : start + numel] = tensors.get_tensor(f"{name}|master").to(flat.dtype)
+                for name, held in shard.fragments.items():
+                    own, first = weight_slice(trainable[name])
+                    low, high = _overlap(first, own.numel(), held)
+                    if low < high:
+                        saved = tensors.get_tensor(f"{name}|master")[low - held[0] : high - held[0]]
+                        own[low - first : high - first] = saved.to(own.dtype)
 
 
 def load_optimizer(engine: Any, folder: Path, ranks: Ranks) -> None:
@@ -218,13 +224,17 @@ def load_optimizer(engine: Any, folder: Path, ranks: Ranks) -> None:
 
 def _copy_overlap(fragment: Fragment, held: tuple[int, int], tensors: Any) -> None:
     """Copy the part of the saved slice `held` (start, numel) that lies within the fragment."""
-    low = max(fragment.start, held[0])
-    high = min(fragment.start + fragment.numel, held[0] + held[1])
+    low, high = _overlap(fragment.start, fragment.numel, held)
     if low >= high:
         return
     for key in STATES:
         piece = tensors.get_tensor(f"{fragment.name}|{key}")[low - held[0] : high - held[0]]
         fragment.tensors[key][low - fragment.start : high - fragment.start].copy_(piece)
+
+
+def _overlap(start: int, numel: int, held: tuple[int, int]) -> tuple[int, int]:
+    """First element, and the one after the last, that two slices of a parameter share; nothing when low >= high."""
+    return max(start, held[0]), min(start + numel, held[0] + held[1])
 
 
 def _check_parameters(trainable: dict[str, Any], manifest: Manifest, folder: Path) -> None:

@@ -67,7 +67,7 @@ class Manifest:
     """Content of PEFT's adapter_config.json; None for full training."""
     files: tuple[ShardFile, ...]
     state: dict[str, Any]
-    """Progress: step, rows_consumed, tokens, supervised_tokens, optimizer_step."""
+    """Progress: step, rows_consumed, tokens, supervised_tokens, skipped_steps, optimizer_step."""
 
 
 def shard_file_name(rank: int) -> str:

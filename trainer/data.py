@@ -36,8 +36,11 @@ CACHE_VERSION = 1
 INDEX = "index.json"
 MAX_HASHED_BYTES = 64 * 2**20
 """Larger files are checked by size alone."""
-ROUND_TO = 128
-"""Unpacked batches are padded to a multiple of this, so that few different shapes reach the kernels."""
+ROUND_TO = 32
+"""Unpacked batches are padded to a multiple of this, so that few different shapes reach the kernels.
+
+Measured on a CPU: a new shape costs its first micro batch 60 ms; of alpaca's rows, four at a time, 2 % is padding (with
+128: 8 %)."""
 IGNORED = -100
 """Label of a token that is not learnt, as in torch.nn.functional.cross_entropy."""
 
@@ -168,7 +171,7 @@ class TokenData:
         return [f"{self.index['data_files'][file]}:{line}" for file, line in places]
 
     def row_length(self, rows: Sequence[int]) -> int:
-        """Length T of a batch of these rows: a constant with packing, else the next multiple of 128 (never 0)."""
+        """Length T of a batch of these rows: a constant with packing, else the next multiple of ROUND_TO (never 0)."""
         if self.packing:
             return len(rows) * self.max_length
         total = sum(int(self.tokens_per_row[r]) for r in rows if r >= 0)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but missing from its stub
 
 from .model import PackedLanguageModel
+from .sequence_parallel import share_rows
 from .spec import OptimSpec, TrainSpec
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -61,16 +62,25 @@ def init_ranks(spec: TrainSpec) -> Ranks:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
+    # Here, and not in deepspeed.initialize: ZeRO-3 already cuts the weights while they are loaded.
+    start_deepspeed()
     sp = spec.parallel.sp
     return Ranks(rank, local_rank, world_size, dp_rank=rank // sp, sp_rank=rank % sp, device=device)
+
+
+def start_deepspeed() -> None:
+    """Let DeepSpeed's communication use the process group that there is."""
+    import deepspeed
+
+    # On CPU DeepSpeed would compile a shared-memory collective at its first start (30 s, and a compiler); gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
 def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:
     """`deepspeed.initialize` with AdamW over the trainable parameters. Collective: every rank must call."""
     import deepspeed
 
-    # On CPU DeepSpeed would compile a shared-memory collective at its first start (30 s, and a compiler); gloo does.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = _adamw(model, spec.optim)
     if spec.parallel.zero_stage == 3:
         # The loss reads the head's weight outside the head's own forward.
@@ -81,17 +91,25 @@ def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=spec.deepspeed, dist_init_required=False
     )
+    set_optimizer_step(engine, 0)
+    scaler = _loss_scaler(engine)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        # The loop counts skipped steps, and stops with an error of its own.
+        scaler.raise_error_at_min_scale = False
+    if spec.parallel.sp > 1:
+        share_rows(model.base, spec.parallel.sp)
     return engine
 
 
 def _adamw(model: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(full_shape(p)) >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+    # Rate 0 until the first step sets it: some of DeepSpeed's optimizers take a step when they are made.
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
@@ -101,22 +119,37 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 
 
 def local_fragments(engine: Any) -> list[Fragment]:
-    """The fragments that this rank owns, in model order; ZeRO stages 1, 2 and 3."""
+    """The fragments that this rank holds, in model order. Under ZeRO-0 every rank holds everything."""
+    whole = _whole_masters(engine) if engine.zero_optimization_stage() == 0 else None
     fragments = []
     for name, parameter in engine.module.trainable().items():
-        place = _place_zero3(engine, parameter) if hasattr(parameter, "ds_tensor") else _place(engine, parameter)
+        if whole is not None:
+            place = (whole[parameter], 0, 0, parameter.numel())
+        elif hasattr(parameter, "ds_tensor"):
+            place = _place_zero3(engine, parameter)
+        else:
+            place = _place(engine, parameter)
         if place is None:
             continue
         flat, at, start, numel = place
-        state = _adam_state(engine.optimizer.optimizer, flat)
-        tensors = {"master": flat.detach().narrow(0, at, numel)}
-        tensors |= {key: state[key].narrow(0, at, numel) for key in STATES[1:]}
+        state = _adam_state(_adamw_of(engine), flat)
+        tensors = {"master": flat.detach().view(-1).narrow(0, at, numel)}
+        tensors |= {key: state[key].view(-1).narrow(0, at, numel) for key in STATES[1:]}
         fragments.append(Fragment(name, start, numel, tensors))
     return fragments
 
 
 Place = tuple[torch.Tensor, int, int, int]
 """(flat fp32 partition, offset in it, first element of the parameter, number of elements)."""
+
+
+def _whole_masters(engine: Any) -> dict[nn.Parameter, torch.Tensor]:
+    """Stage 0: the fp32 copy of each 16-bit parameter, or the fp32 parameter itself."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {p: p for group in optimizer.param_groups for p in group["params"]}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
 def _place(engine: Any, parameter: Any) -> Place | None:
@@ -138,6 +171,15 @@ def _place_zero3(engine: Any, parameter: Any) -> Place | None:
     return (_flat_partitions(optimizer)[group], at, start, numel) if numel > 0 else None
 
 
+def weight_slice(parameter: Any) -> tuple[torch.Tensor, int]:
+    """The part of a parameter that lies on this rank: its elements, flat, and the first one's number."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter.data.view(-1), 0
+    start = dist.get_rank() * shard.ds_numel
+    return shard.data[: max(parameter.ds_numel - start, 0)], start
+
+
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """The parameter's own shape, also where ZeRO-3 has left an empty tensor in its place."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -145,14 +187,41 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 def optimizer_step(engine: Any) -> int:
     """AdamW's own count of updates: the number that its bias correction uses."""
-    (flat, *_) = _flat_partitions(engine.optimizer)
-    return int(_adam_state(engine.optimizer.optimizer, flat)["step"])
+    return int(_adam_state(_adamw_of(engine), _masters(engine)[0])["step"])
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Put AdamW's count of updates back, as `optimizer_step` gave it."""
-    for flat in _flat_partitions(engine.optimizer):
-        _adam_state(engine.optimizer.optimizer, flat)["step"].fill_(float(step))
+    for master in _masters(engine):
+        _adam_state(_adamw_of(engine), master)["step"].fill_(float(step))
+
+
+def clip_whole_gradient(engine: Any, max_norm: float) -> float | None:
+    """Clip, and return the norm before, where no shard of DeepSpeed's does: fp32 under ZeRO-0; None elsewhere.
+
+    To be called when a micro batch's backward pass is done. The sum is in fp64: on CPU torch's own fp32 norm of
+    1e7 elements is off by 1e-3.
+    """
+    if not isinstance(engine.optimizer, torch.optim.Optimizer) or not engine.is_gradient_accumulation_boundary():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients) ** 0.5
+    if norm > max_norm > 0:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
+    return norm
+
+
+def _masters(engine: Any) -> list[torch.Tensor]:
+    if engine.zero_optimization_stage() == 0:
+        return list(_whole_masters(engine).values())
+    return _flat_partitions(engine.optimizer)
+
+
+def _adamw_of(engine: Any) -> torch.optim.Optimizer:
+    """AdamW itself, inside DeepSpeed's optimizer or, for fp32 under ZeRO-0, without one."""
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -5,6 +5,7 @@ Shapes: N supervised positions, D hidden size, V vocabulary, C positions of one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 
 IGNORE = -100
 CHUNK = 256
+CPU_ROWS = 16
+"""Positions whose fp32 logits exist at one time on CPU."""
+CPU_ROUND = 32
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -29,37 +33,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        count = hidden_ND.shape[0]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
-        for start in range(0, hidden_ND.shape[0], CHUNK):
-            hidden_CD = hidden_ND[start : start + CHUNK]
-            labels_C = labels_N[start : start + CHUNK]
-            logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
-            if logit_scale != 1.0:
-                logits_CV *= logit_scale
-            capped_CV = None
-            if softcap is not None:
-                capped_CV = torch.tanh(logits_CV / softcap)
-                logits_CV = capped_CV * softcap
-            # log_softmax, not logsumexp: on CPU it is six times faster for a large vocabulary.
-            log_p_CV = torch.log_softmax(logits_CV, dim=-1)
-            total -= log_p_CV.gather(1, labels_C[:, None]).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-            grad_CV = log_p_CV.exp_()
-            grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
-            if capped_CV is not None:
-                grad_CV *= 1 - capped_CV.square()
-            if logit_scale != 1.0:
-                grad_CV *= logit_scale
-            grad_low_CV = grad_CV.to(weight_VD.dtype)
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
+            hidden_CD = _round_up(hidden_ND[start : start + size])
+            logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
+            # Positions that only round the chunk up must add nothing to the gradient of the weight.
+            logits_CV[size:].zero_()
+            for loss, block_CV in _losses(logits_CV[:size], labels_N[start : start + size], logit_scale, softcap):
+                total += loss
+                if grad_bias_V is not None:
+                    grad_bias_V += block_CV.sum(0)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[start : start + CHUNK] = grad_low_CV @ weight_VD
+                grad_hidden_ND[start : start + size] = (logits_CV @ weight_VD)[:size]
             if grad_weight_VD is not None:
-                grad_weight_VD += (grad_low_CV.t() @ hidden_CD).float()
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
+                grad_weight_VD += (logits_CV.t() @ hidden_CD).float()
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         return total
@@ -77,6 +68,41 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _losses(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, logit_scale: float, softcap: float | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The loss of a few positions at a time, and its gradient by their logits in fp32, which also replaces `logits_CV`.
+
+    Few, so that their fp32 copies stay in the processor's cache: for a large vocabulary that halves the time.
+    """
+    rows = CPU_ROWS if logits_CV.device.type == "cpu" else len(logits_CV)
+    for low_CV, labels in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
+        block_CV = low_CV.float()
+        if logit_scale != 1.0:
+            block_CV = block_CV * logit_scale
+        capped_CV = None
+        if softcap is not None:
+            capped_CV = torch.tanh(block_CV / softcap)
+            block_CV = capped_CV * softcap
+        # log_softmax, not logsumexp: on CPU it is six times faster for a large vocabulary.
+        log_p_CV = torch.log_softmax(block_CV, dim=-1)
+        loss = -log_p_CV.gather(1, labels[:, None]).sum()
+        grad_CV = log_p_CV.exp_()
+        grad_CV[torch.arange(len(labels), device=labels.device), labels] -= 1
+        if capped_CV is not None:
+            grad_CV *= 1 - capped_CV.square()
+        if logit_scale != 1.0:
+            grad_CV *= logit_scale
+        low_CV.copy_(grad_CV)
+        yield loss, grad_CV
+
+
+def _round_up(hidden_CD: torch.Tensor) -> torch.Tensor:
+    """With zeros below, on CPU to a multiple of CPU_ROUND rows: a matrix shape that is new costs its first call 10 ms."""
+    missing = -len(hidden_CD) % CPU_ROUND if hidden_CD.device.type == "cpu" else 0
+    return F.pad(hidden_CD, (0, 0, 0, missing)) if missing else hidden_CD
 
 
 def supervised_loss_sum(

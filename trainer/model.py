@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention
+from . import attention, compiled, fused_layers, lora_linear
 from .loss import supervised_loss_sum
-from .spec import MethodSpec, ModelSpec, OptimSpec, TrainError
+from .sharded_load import load_sharded
+from .spec import MethodSpec, ModelSpec, TrainError, TrainSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,37 +53,51 @@ class PackedLanguageModel(nn.Module):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load_model(
-    model: ModelSpec, model_dir: str, method: MethodSpec, optim: OptimSpec, device: torch.device
-) -> PackedLanguageModel:
-    """Load the base from `model_dir` and make it trainable by `method`, in training mode. Deterministic in `optim.seed`.
+def load_model(spec: TrainSpec, model_dir: str, device: torch.device) -> PackedLanguageModel:
+    """Load the base from `model_dir` and make it trainable, in training mode. Deterministic in `train.seed`.
 
+    Under ZeRO-3 it is loaded in shards. Collective: every rank must call.
     Raises TrainError for a model family whose attention or head packed training does not cover.
     """
-    from transformers import AutoModelForCausalLM
-
     attention.register()
-    quantization = None
-    if method.name == "qlora":
-        quantization = _nf4(DTYPES[model.dtype], method.double_quant)
-    base = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype=DTYPES[model.dtype],
-        attn_implementation=attention.NAME,
-        trust_remote_code=model.trust_remote_code,
-        quantization_config=quantization,
-        device_map={"": device},
-    )
+    model, method, optim = spec.model, spec.method, spec.optim
+    base = _load_base(spec, model_dir, device)
     _check_family(base)
     base.config.use_cache = False
     torch.manual_seed(optim.seed)
     base.requires_grad_(method.name == "full")
     trainable = base if method.name == "full" else _add_adapters(base, method, model)
+    if method.name != "full" and spec.parallel.zero_stage < 3:
+        lora_linear.fuse(trainable)
+    if optim.compile:
+        compiled.compile_layers(base)
+    else:
+        fused_layers.fuse(trainable)
     if optim.gradient_checkpointing:
         # Non-reentrant: the reentrant kind gives adapters below a frozen embedding no gradient.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained leaves a model in evaluation mode, where dropout does nothing.
     return PackedLanguageModel(trainable).train()
+
+
+def _load_base(spec: TrainSpec, model_dir: str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[spec.model.dtype]
+    quantization = _nf4(dtype, spec.method.double_quant) if spec.method.name == "qlora" else None
+    options = {"attn_implementation": attention.NAME, "trust_remote_code": spec.model.trust_remote_code}
+    if spec.parallel.zero_stage == 3:
+        base = load_sharded(model_dir, dtype, quantization, spec.deepspeed, device, **options)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, quantization_config=quantization, device_map={"": device}, **options
+        )
+    module: Any
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In evaluation bitsandbytes would repack the weights in place, which training then misreads.
+            module.support_avx512bf16_for_cpu = False
+    return base
 
 
 def _nf4(compute_dtype: torch.dtype, double_quant: bool) -> Any:

@@ -23,6 +23,7 @@ from .report_html import html_page
 from .spec import Prepared, PromptSpec, TrainSpec
 
 REPORT_VERSION = 1
+SHOWN_SPIKES, SHOWN_SPIKE_ROWS = 5, 4
 PACKAGES = ("tunelaunch", "torch", "transformers", "peft", "deepspeed")
 
 
@@ -56,11 +57,12 @@ def build_report(
     if run is not None:
         plan, spec, prepared = run
         curve, attempts = last_row_of_each_step(read_lines(spec.paths.metrics))
+        spikes = [row for row in read_lines(spec.paths.events) if row["event"] == "loss_spike"]
         merge_report = Path(spec.paths.merged_dir, "merge_report.json")
         report |= {
             "title": spec.recipe_name,
             "run_id": spec.run_id,
-            "training": training_summary(curve, attempts),
+            "training": training_summary(curve, attempts, last_row_of_each_step(spikes)[0]),
             "merge": read_json(merge_report) if merge_report.is_file() else None,
             "curve": curve,
             "reproduce": _command_line(plan.get("command", "")),
@@ -107,22 +109,33 @@ def last_row_of_each_step(rows: list[dict[str, Any]]) -> tuple[list[dict[str, An
     return [by_step[step] for step in sorted(by_step)], len({row.get("attempt", 1) for row in rows})
 
 
-def training_summary(curve: list[dict[str, Any]], attempts: int) -> dict[str, Any] | None:
-    """Totals over the steps that count; None without metrics. Seconds are those of the steps, without start-up."""
+def training_summary(curve: list[dict[str, Any]], attempts: int, spikes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Totals over the steps that count; None without metrics. Seconds are those of the steps, without start-up.
+
+    `spikes`: the events `loss_spike`. A skipped step may have no loss; the share of peak is that of steps not profiled.
+    """
     if not curve:
         return None
     seconds = sum(row["seconds"] for row in curve)
     tokens = sum(row["tokens"] for row in curve)
+    losses = [row["loss"] for row in curve if row["loss"] is not None and math.isfinite(row["loss"])]
+    shares = [r for r in curve if r.get("share_of_peak") is not None and not r.get("profiled")]
+    share_seconds = sum(row["seconds"] for row in shares)
     return {
         "steps": curve[-1]["step"],
         "attempts": attempts,
-        "first_loss": curve[0]["loss"],
-        "last_loss": curve[-1]["loss"],
+        "skipped_steps": sum(row.get("skipped", False) for row in curve),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "loss_spikes": spikes,
         "seconds": round(seconds, 2),
         "tokens": tokens,
         "supervised_tokens": sum(row["supervised_tokens"] for row in curve),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        "peak_memory_gb": max(row["memory_gb"] for row in curve),
+        "share_of_peak": (
+            round(sum(r["share_of_peak"] * r["seconds"] for r in shares) / share_seconds, 4) if share_seconds else None
+        ),
+        "peak_memory_gb": max(row.get("memory_gb_max", row["memory_gb"]) for row in curve),
     }
 
 
@@ -204,17 +217,36 @@ def _run_facts(
         ["Global batch", batch],
         ["Learning rate", f"{optim.learning_rate:g}, {optim.schedule}, warm-up {optim.warmup_ratio:.0%}"],
     ]
-    training = report["training"]
-    if training is not None:
-        attempts = f" in {training['attempts']} attempts" if training["attempts"] > 1 else ""
-        facts += [
-            ["Steps", f"{training['steps']:,}{attempts}"],
-            ["Training time", duration(training["seconds"])],
-            ["Speed", f"{training['tokens_per_second']:,.0f} tokens/s ({training['tokens']:,} tokens)"],
-            ["Peak memory", f"{training['peak_memory_gb']:.2f} GB per process"],
-            ["Loss", f"{training['first_loss']:.4f} → {training['last_loss']:.4f} (first → last step)"],
-        ]
-    return facts
+    return facts if report["training"] is None else facts + _training_facts(report["training"])
+
+
+def _training_facts(training: dict[str, Any]) -> list[list[str]]:
+    attempts = f" in {training['attempts']} attempts" if training["attempts"] > 1 else ""
+    skipped = f", {training['skipped_steps']:,} skipped (fp16 overflow)" if training["skipped_steps"] else ""
+    speed = f"{training['tokens_per_second']:,.0f} tokens/s ({training['tokens']:,} tokens)"
+    if training["share_of_peak"] is not None:
+        speed += f", {training['share_of_peak']:.0%} of the matrix product rate measured here"
+    first, last = ("n/a" if loss is None else f"{loss:.4f}" for loss in (training["first_loss"], training["last_loss"]))
+    facts = [
+        ["Steps", f"{training['steps']:,}{attempts}{skipped}"],
+        ["Training time", duration(training["seconds"])],
+        ["Speed", speed],
+        ["Peak memory", f"{training['peak_memory_gb']:.2f} GB per process"],
+        ["Loss", f"{first} → {last} (first → last step)"],
+    ]
+    spikes = training["loss_spikes"]
+    facts += [["Loss spike", _spike(spike)] for spike in spikes[:SHOWN_SPIKES]]
+    left = len(spikes) - SHOWN_SPIKES
+    return [*facts, ["Loss spikes", f"{left} more: see events.jsonl"]] if left > 0 else facts
+
+
+def _spike(spike: dict[str, Any]) -> str:
+    shown, rows = spike["rows"][:SHOWN_SPIKE_ROWS], len(spike["rows"]) + spike["rows_left_out"]
+    more = f" and {rows - len(shown)} more" if rows > len(shown) else ""
+    return (
+        f"step {spike['step']:,}: {spike['loss']:.4f} where about {spike['expected']:.4f} was expected; "
+        f"{', '.join(shown)}{more}"
+    )
 
 
 def _model_facts(report: dict[str, Any]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from .engine import Ranks
 from .generate import Prompter, generate_answers, load_prompter
 from .metrics import append_line
 from .model import PackedLanguageModel
+from .sequence_parallel import whole_rows
 from .spec import Prepared, TrainSpec
 
 
@@ -35,13 +36,17 @@ class Sampler:
             self.prompter = load_prompter(self.model_dir, data.template, model_spec.trust_remote_code)
         random_state = torch.get_rng_state()
         model.eval()
+        with whole_rows(model.base):
+            self._answer_all(model, self.prompter, step)
+        model.train()
+        torch.set_rng_state(random_state)
+
+    def _answer_all(self, model: PackedLanguageModel, prompter: Prompter, step: int) -> None:
         for prompt in self.prompts:
             system = prompt.system if prompt.system is not None else self.spec.data.system
             messages = [("system", system)] if system is not None else []
             messages.append(("user", prompt.user))
             # One conversation at a time: packed attention knows no padding.
-            (answer,) = generate_answers(model.base, self.prompter, [messages], self.spec.evaluate.max_new_tokens)
+            (answer,) = generate_answers(model.base, prompter, [messages], self.spec.evaluate.max_new_tokens)
             append_line(self.spec.paths.samples, {"step": step, "user": prompt.user, "answer": answer.text})
             print(f"sample at step {step}: {prompt.user} -> {answer.text}", flush=True)
-        model.train()
-        torch.set_rng_state(random_state)

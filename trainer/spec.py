@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 
 EXIT_OK = 0
 EXIT_USER = 2
@@ -115,6 +115,8 @@ class OptimSpec:
     """0 means no clipping."""
     seed: int
     gradient_checkpointing: bool
+    compile: bool
+    """Run each decoder layer through torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,10 @@ class PathsSpec:
     adapter_dir: str
     merged_dir: str
     report_dir: str
+    profile_dir: str
+    """Where the profiler's trace and summary go."""
+    bad_batches_dir: str
+    """Where the rows and tokens of a step go whose loss or gradient is not finite."""
     stop_request: str
     """When this file exists, training saves a checkpoint after the current step and stops with exit code 130."""
 
@@ -201,6 +207,8 @@ class TrainSpec:
     paths: PathsSpec
     deepspeed: dict[str, Any]
     debug: bool
+    profile_steps: tuple[int, ...]
+    """1-based optimizer steps that the profiler records; empty: none."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

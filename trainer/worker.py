@@ -23,6 +23,7 @@ from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, Tr
 STAGES = {
     "prepare": "trainer.prepare",
     "train": "trainer.train",
+    "probe": "trainer.parallel_probe",
     "consolidate": "trainer.consolidate",
     "merge": "trainer.merge",
     "evaluate": "trainer.evaluate",

@@ -18,8 +18,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def sources() -> dict[str, str]:
-    """Every Python file of the three packages: path from the root -> text."""
-    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    """Every Python file of the three packages and of the benchmarks: path from the root -> text."""
+    files = [file for package in (*PACKAGES, "benchmarks") for file in sorted((ROOT / package).rglob("*.py"))]
     found = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}
     assert len(found) >= 10, "the packages were not found"
     return found
@@ -35,7 +35,8 @@ def trees(sources: dict[str, str]) -> dict[str, ast.Module]:
 def shipped_texts() -> dict[str, str]:
     """Everything that a user may read: code, recipes, documents, build files; not the tests."""
     roots = [ROOT / name for name in (*PACKAGES, "recipes", "docs", "benchmarks")]
-    files = [f for folder in roots for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    files = [f for folder in roots for f in folder.rglob("*") if f.is_file()]
+    files = [f for f in files if not {"__pycache__", "out"} & set(f.relative_to(ROOT).parts)]
     files += [f for f in ROOT.iterdir() if f.is_file() and f.name not in ("LICENSE", ".git")]
     texts = {}
     for file in sorted(files):

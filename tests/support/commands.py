@@ -19,22 +19,29 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 def train_only(folder: Path, recipe: str, cpu: int, name: str, sets: Sequence[str] = ()) -> Path:
     """Plan and run the first two stages, prepare and train. Returns the run folder; the run must succeed."""
+    code, run = try_training(folder, recipe, cpu, name, sets)
+    log = run / "logs" / "attempt_1" / "train" / "rank_0.log"
+    assert code == 0, (log if log.is_file() else run / "status.json").read_text(encoding="utf-8")
+    return run
+
+
+def try_training(
+    folder: Path, recipe: str, cpu: int, name: str, sets: Sequence[str] = (), profile: tuple[int, ...] = ()
+) -> tuple[int, Path]:
+    """Plan and run the first two stages, prepare and train. Returns the exit code and the run folder."""
     from launcher.progress import Progress
     from launcher.run_dir import read_json, write_json
     from launcher.start import Request, make_plan, write_run
     from launcher.supervise import supervise
 
-    request = Request(str(folder / recipe), None, cpu, "torchrun", 1, folder / name, tuple(sets), False)
+    request = Request(str(folder / recipe), None, cpu, "torchrun", 1, folder / name, tuple(sets), False, profile)
     plan, loaded, run = make_plan(request)
-    assert not plan.refusals
+    assert not plan.refusals, plan.refusals
     run.create()
     write_run(run, plan, loaded, 1, request)
     data = read_json(run.plan)
     write_json(run.plan, {**data, "jobs": data["jobs"][:2]})
-    code = supervise(run, 1, frozenset(), Progress(run, io.StringIO()))
-    log = run.logs(1, "train") / "rank_0.log"
-    assert code == 0, log.read_text(encoding="utf-8") if log.is_file() else run.status.read_text(encoding="utf-8")
-    return run.root
+    return supervise(run, 1, frozenset(), Progress(run, io.StringIO())), run.root
 
 
 def only_run(folder: Path) -> Path:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from trainer.spec import (
+    SPEC_VERSION,
     CheckpointSpec,
     DataFile,
     DataSpec,
@@ -28,6 +29,8 @@ NAMES = (
     "adapter_dir",
     "merged_dir",
     "report_dir",
+    "profile_dir",
+    "bad_batches_dir",
     "stop_request",
 )
 
@@ -35,20 +38,21 @@ NAMES = (
 def make_spec(run_dir: Path, prompts: tuple[PromptSpec, ...] = (), strict: bool = False) -> TrainSpec:
     paths = PathsSpec(run_dir=str(run_dir), **{name: str(run_dir / name.removesuffix("_dir")) for name in NAMES})
     return TrainSpec(
-        version=1,
+        version=SPEC_VERSION,
         run_id="identity-20250102-030405-abcd",
         recipe_name="identity <1> & 小薇",
         package_root="/package",
         model=ModelSpec("org/model", "hub", "org/model", "main", "fp32", False, "/cache"),
         method=MethodSpec("lora", 16, 32.0, 0.0, ("all-linear",), True),
         data=DataSpec((DataFile("/d.jsonl", "auto"),), "你是小薇。", "model", 512, True, "truncate", 0, "/cache"),
-        optim=OptimSpec(3.0, 0, 2, 4, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1e-8, 1.0, 42, False),
+        optim=OptimSpec(3.0, 0, 2, 4, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1e-8, 1.0, 42, False, False),
         parallel=ParallelSpec("cpu", 2, 2, 1, 2, "none", 1, 1800),
         checkpoint=CheckpointSpec(50, 2),
         evaluate=EvaluateSpec(prompts, 12, 0, 2, strict),
         paths=paths,
         deepspeed={},
         debug=False,
+        profile_steps=(),
     )
 
 

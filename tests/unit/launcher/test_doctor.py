@@ -175,10 +175,11 @@ def test_hub_says_whether_there_is_a_token_but_not_which() -> None:
     assert doctor.check_hub({"HF_HUB_OFFLINE": "1"}, False).ok is None
 
 
-def test_compiler_is_only_for_offload(tmp_path: Path) -> None:
-    assert "only parallel.offload needs one" in doctor.check_compiler(str(tmp_path)).detail
+def test_compiler_is_only_for_torch_compile(tmp_path: Path) -> None:
+    env = {"PATH": str(tmp_path)}
+    assert "only train.compile needs one" in doctor.check_compiler(env).detail
     executable(tmp_path / "g++", "true")
-    assert doctor.check_compiler(str(tmp_path)).ok is True
+    assert doctor.check_compiler(env).ok is True
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from launcher.memory import GB, MemoryEstimate, MemoryInputs, estimate, smallest_change
+from launcher.memory import GB, MemoryEstimate, MemoryInputs, estimate
+from launcher.memory_change import smallest_change
 from launcher.model_facts import ModelFacts, read_facts, resolve_source
 
 SEVEN_B = "Qwen/Qwen2.5-7B-Instruct"
+EMBEDDING = 152064 * 3584 * 2 / GB
+"""The largest layer of the table's model, in bf16: more than the weights that ZeRO-3 may hold gathered."""
 TABLE_PARAMETERS = 7_615_616_512
 TABLE_LINEAR = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
 
@@ -78,11 +81,25 @@ def test_weights_of_each_method() -> None:
         assert term(result, "weights") == pytest.approx(expected)
 
 
-def test_full_training_needs_16_bytes_a_parameter_on_one_device() -> None:
-    result = estimate(full())
-    held = sum(term(result, name) for name in ("weights", "gradients", "optimizer"))
-    assert held == pytest.approx(TABLE_PARAMETERS * 16 / GB)
-    assert estimate(full(dtype="fp32", zero_stage=0)).total_gb * GB > TABLE_PARAMETERS * 16
+def held(case: MemoryInputs) -> float:
+    """Bytes a parameter of weights, gradients and optimizer states, without the buckets that do not grow with it."""
+    result = estimate(case)
+    return sum(term(result, name) for name in ("weights", "gradients", "optimizer")) * GB / TABLE_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "num_bytes"),
+    [
+        ("bf16", 0, 2 + 2 + 12),
+        ("fp32", 0, 4 + 4 + 8),
+        ("bf16", 1, 2 + 6 + 12),
+        ("bf16", 2, 2 + 4 + 12),
+        ("fp32", 2, 20),
+    ],
+)
+def test_full_training_on_one_device_is_so_many_bytes_a_parameter(dtype: str, stage: int, num_bytes: int) -> None:
+    """bf16 sums are fp32 from stage 1 on; fp32 weights are their own masters under stage 0 only."""
+    assert held(full(dtype=dtype, zero_stage=stage)) == pytest.approx(num_bytes, abs=0.06)
 
 
 def test_zero_stages_shard_what_the_paper_says() -> None:
@@ -90,12 +107,41 @@ def test_zero_stages_shard_what_the_paper_says() -> None:
     results = [estimate(full(dp=8, zero_stage=stage)) for stage in range(4)]
     p = TABLE_PARAMETERS / GB
     assert [term(r, "optimizer") for r in results] == pytest.approx([12 * p, 1.5 * p, 1.5 * p, 1.5 * p])
-    assert [term(r, "gradients") for r in results[:2]] == pytest.approx([2 * p, 2 * p])
-    assert term(results[2], "gradients") == pytest.approx(2 * p / 8, abs=0.2)
+    assert term(results[0], "gradients") == pytest.approx(2 * p, abs=1)
+    assert term(results[1], "gradients") == pytest.approx(6 * p, abs=2)
+    assert term(results[2], "gradients") == pytest.approx(4 * p / 8, abs=0.2)
     assert [term(r, "weights") for r in results[:3]] == pytest.approx([2 * p] * 3)
-    assert term(results[3], "weights") == pytest.approx(2 * p / 8 + 2e9 / GB)
+    assert term(results[3], "weights") == pytest.approx(2 * p / 8 + EMBEDDING)
     totals = [r.total_gb for r in results]
     assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "measured_gb"),
+    [
+        ("bf16", 0, 1.57), ("bf16", 1, 1.36), ("bf16", 2, 0.96), ("bf16", 3, 1.17),
+        ("fp32", 0, 1.63), ("fp32", 1, 1.67), ("fp32", 2, 1.34), ("fp32", 3, 1.63),
+    ],
+)  # fmt: skip
+def test_estimate_is_close_to_measured_full_fine_tunes(dtype: str, stage: int, measured_gb: float) -> None:
+    """Peak resident memory of one of two CPU processes above an idle one: an 82 M parameter Llama, rows of 32 tokens."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_layers": 12, "num_heads": 12, "num_kv_heads": 4}
+    small = dataclasses.replace(
+        facts("HuggingFaceTB/SmolLM2-135M"), vocab_size=8192, num_parameters=81_808_128, **sizes
+    )
+    on_cpu = {"facts": small, "device": "cpu", "dp": 2, "max_length": 32, "gradient_checkpointing": False}
+    result = estimate(full(dtype=dtype, zero_stage=stage, **on_cpu))
+    used = sum(t.gb for t in result.terms if t.name != "process")
+    assert 0.8 < used / measured_gb < 1.3
+
+
+def test_zero3_gathers_no_more_than_the_model_or_the_limit_and_at_least_its_largest_layer() -> None:
+    small = estimate(full(facts=facts("Qwen/Qwen2.5-0.5B"), dp=4, zero_stage=3))
+    assert term(small, "weights") == pytest.approx((494_032_768 * 2 / 4 + 2 * 300e6) / GB)
+    quantised = estimate(inputs(method="qlora", dp=8, zero_stage=3))
+    packed = TABLE_LINEAR / 2 + (TABLE_PARAMETERS - TABLE_LINEAR + 40_370_176) * 2
+    constants = TABLE_LINEAR * (1 / 64 + 4 / (64 * 256))
+    assert term(quantised, "weights") == pytest.approx((packed / 8 + constants) / GB + EMBEDDING)
 
 
 def test_sequence_parallel_ranks_shard_too_and_split_the_row() -> None:
@@ -159,8 +205,19 @@ def test_more_of_anything_never_needs_less() -> None:
 def test_offload_moves_states_to_the_host() -> None:
     here, there = estimate(full(dp=2)), estimate(full(dp=2, offload="optimizer"))
     assert not here.host_terms
-    assert there.total_gb < here.total_gb - TABLE_PARAMETERS * 6 / GB
-    assert sum(t.gb for t in there.host_terms) == pytest.approx(TABLE_PARAMETERS * 8 / GB)
+    assert there.total_gb < here.total_gb - TABLE_PARAMETERS * 7 / GB
+    # 12 of the states, 4 + 4 + 2 of gradients and new weights
+    assert sum(t.gb for t in there.host_terms) == pytest.approx(TABLE_PARAMETERS * 22 / 2 / GB)
+    third = estimate(full(dp=2, zero_stage=3, offload="parameters"))
+    assert term(third, "weights") == pytest.approx(EMBEDDING)
+    assert sum(t.gb for t in third.host_terms) == pytest.approx(TABLE_PARAMETERS * 24 / 2 / GB)
+
+
+def test_offload_saves_nothing_on_cpu() -> None:
+    here = estimate(full(dp=2, device="cpu"))
+    there = estimate(full(dp=2, device="cpu", offload="optimizer"))
+    assert there.total_gb > here.total_gb
+    assert not there.host_terms
 
 
 def test_disk_counts_checkpoints_adapter_model_and_download() -> None:
@@ -181,23 +238,31 @@ def test_disk_counts_checkpoints_adapter_model_and_download() -> None:
     assert {t.name for t in estimate(full()).disk_terms} == {"checkpoints", "model", "download"}
 
 
+FULL: dict[str, Any] = {"method": "full", "rank": 0, "targets": ()}
+
+
 @pytest.mark.parametrize(
-    ("case", "budget_gb", "key", "value"),
+    ("case", "budget_gb", "host_gb", "key", "value"),
     [
-        ({"gradient_checkpointing": False}, 24.0, "train.gradient_checkpointing", "true"),
-        ({"micro_batch": 16}, 24.0, "train.micro_batch", "1"),
-        ({}, 12.0, "method", "qlora"),
-        ({"method": "full", "rank": 0, "targets": ()}, 24.0, "method", "lora"),
-        ({"method": "full", "rank": 0, "targets": ()}, 10.0, "method", "qlora"),
-        ({"method": "qlora", "max_length": 65536, "dp": 1}, 24.0, "data.max_length", None),
-        ({"method": "qlora", "facts": "Qwen/Qwen2.5-32B", "dp": 8}, 16.0, "parallel.zero", "3"),
+        ({"gradient_checkpointing": False}, 24.0, 0.0, "train.gradient_checkpointing", "true"),
+        ({"micro_batch": 16}, 24.0, 0.0, "train.micro_batch", "1"),
+        ({}, 12.0, 0.0, "method", "qlora"),
+        (FULL, 24.0, 0.0, "method", "lora"),
+        (FULL, 10.0, 0.0, "method", "qlora"),
+        (FULL, 28.0, 512.0, "parallel.offload", "optimizer"),
+        (FULL, 28.0, 100.0, "method", "lora"),
+        ({**FULL, "dp": 8}, 32.0, 512.0, "parallel.zero", "3"),
+        ({**FULL, "dp": 2, "zero_stage": 3}, 12.0, 512.0, "parallel.offload", "parameters"),
+        ({"max_length": 65536, "dp": 4, "zero_stage": 3}, 24.0, 0.0, "parallel.sp", "2"),
+        ({"method": "qlora", "max_length": 65536, "dp": 1}, 24.0, 0.0, "data.max_length", None),
+        ({"method": "qlora", "facts": "Qwen/Qwen2.5-32B", "dp": 8}, 16.0, 0.0, "parallel.zero", "3"),
     ],
 )
-def test_smallest_change(case: dict[str, Any], budget_gb: float, key: str, value: str | None) -> None:
+def test_smallest_change(case: dict[str, Any], budget_gb: float, host_gb: float, key: str, value: str | None) -> None:
     if "facts" in case:
         case = {**case, "facts": facts(case["facts"])}
     start = inputs(**case)
-    change = smallest_change(start, budget_gb)
+    change = smallest_change(start, budget_gb, host_gb)
     assert change is not None
     assert change.key == key
     assert value in (None, change.value)

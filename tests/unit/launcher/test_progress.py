@@ -34,6 +34,19 @@ def test_summary_of_a_finished_stage(tmp_path: Path) -> None:
     assert "3 steps, loss 1.5000, 310 tokens/s" in out.getvalue()
 
 
+def test_share_of_peak_and_skipped_steps(tmp_path: Path) -> None:
+    run, out = RunDir(tmp_path), io.StringIO()
+    progress = Progress(run, out)
+    progress.stage_started(JOB)
+    row = {**ROW, "loss": None, "share_of_peak": 0.412, "skipped_steps": 2}
+    run.metrics.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    progress.drawn -= 60
+    progress.tick(JOB)
+    progress.stage_ended(JOB, JobStatus(JobState.SUCCEEDED, 0, None), 12.0)
+    assert "step 3/9  loss n/a  310 tokens/s  41% of peak  ETA 0:12  1.4 GB  2 skipped\n" in out.getvalue()
+    assert "3 steps, loss n/a, 310 tokens/s, 41% of peak, 1.4 GB, 2 skipped\n" in out.getvalue()
+
+
 def test_closed_terminal_does_not_stop_the_run(tmp_path: Path) -> None:
     progress = Progress(RunDir(tmp_path), ClosedTerminal())
     progress.note("stopping")

@@ -232,7 +232,6 @@ def test_missing_keys_come_with_an_example() -> None:
             "train.global_batch 64 cannot be made of micro_batch 2 x accumulate 3 (r.yaml:5:3, r.yaml:6:3)",
         ),
         ("train:\n  micro_batch: 4\n  global_batch: 2\n", "6:17", "cannot be made of micro_batch 4 (r.yaml:5:3)"),
-        ("parallel:\n  offload: parameters\n", "5:12", "needs ZeRO stage 3; parallel.zero is auto (the default)"),
         (
             "parallel:\n  zero: 2\n  offload: parameters\n",
             "6:12",
@@ -277,7 +276,7 @@ def test_revision_of_something_that_is_not_on_the_hub() -> None:
 def test_all_mistakes_are_reported_at_once() -> None:
     found = problems(
         "model: Qwen/Qwen2.5-7B\nmethod: {name: full, rank: 8}\ndata: absent.jsonl\nlr: 1\n"
-        "train:\n  epochs: 1\n  max_steps: '2'\n  micro_batch: yes\n  epochs: 2\nparallel: {offload: parameters}\n",
+        "train:\n  epochs: 1\n  max_steps: '2'\n  micro_batch: yes\n  epochs: 2\nparallel: {zero: 1, offload: parameters}\n",
         "evaluate.strict=maybe",
         "nowhere",
     )
@@ -290,7 +289,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "r.yaml:7:14",
         "r.yaml:8:16",
         "r.yaml:9:3",
-        "r.yaml:10:21",
+        "r.yaml:10:30",
     ]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer.checkpoint import _prune, _publish
 from trainer.checkpoint_format import list_checkpoints
-from trainer.train import Progress
+from trainer.progress import Progress
 
 
 def folder(root: Path, name: str, content: str = "") -> Path:
@@ -41,5 +41,6 @@ def test_same_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
 
 
 def test_progress_is_what_the_manifest_keeps() -> None:
-    progress = Progress(step=3, rows_consumed=12, tokens=100, supervised_tokens=60)
-    assert progress.state() == {"step": 3, "rows_consumed": 12, "tokens": 100, "supervised_tokens": 60}
+    progress = Progress(step=3, rows_consumed=12, tokens=100, supervised_tokens=60, skipped_steps=1)
+    kept = {"step": 3, "rows_consumed": 12, "tokens": 100, "supervised_tokens": 60}
+    assert progress.state() == {**kept, "skipped_steps": 1}

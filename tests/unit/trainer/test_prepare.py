@@ -12,6 +12,7 @@ from support.tiny_chat_model import save_tiny_model
 from trainer import prepare
 from trainer.data import TokenData
 from trainer.spec import (
+    SPEC_VERSION,
     CheckpointSpec,
     DataFile,
     DataSpec,
@@ -60,20 +61,21 @@ def make(model, data_file, tmp_path):
         )  # fmt: skip
         names = [f.name for f in dataclasses.fields(PathsSpec) if f.name != "run_dir"]
         spec = TrainSpec(
-            version=1,
+            version=SPEC_VERSION,
             run_id="r",
             recipe_name="r",
             package_root=str(ROOT),
             model=ModelSpec(location, kind, location, "main", "bf16", False, str(tmp_path / "cache")),
             method=MethodSpec("lora", 4, 8.0, 0.0, ("all-linear",), True),
             data=dataclasses.replace(defaults, **settings),
-            optim=OptimSpec(1.0, 0, 1, 1, 1e-4, "cosine", 0.0, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False),
+            optim=OptimSpec(1.0, 0, 1, 1, 1e-4, "cosine", 0.0, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False, False),
             parallel=ParallelSpec("cpu", 1, 1, 1, 2, "none", 1, 60),
             checkpoint=CheckpointSpec(0, 2),
             evaluate=EvaluateSpec((), 16, 0, 2, False),
             paths=PathsSpec(run_dir=str(run), **{n: str(run / n) for n in names}),
             deepspeed={},
             debug=False,
+            profile_steps=(),
         )
         (run / "plan.json").write_text(json.dumps({"spec": spec.to_dict()}), encoding="utf-8")
         return run / "plan.json"

@@ -3,13 +3,14 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from support.handmade_run import make_prepared, make_spec, write_run
 
 from trainer.expectations import PromptResult, judge
-from trainer.report import build_report, duration, read_results, use_commands, write_report
-from trainer.report_html import MAX_POINTS, esc, line_chart, running_mean, thin, ticks
+from trainer.report import build_report, duration, markdown, read_results, use_commands, write_report
+from trainer.report_html import MAX_POINTS, esc, html_page, line_chart, running_mean, thin, ticks
 from trainer.report_terminal import display_width, printable, terminal_table, wrap
 from trainer.spec import PromptSpec, TrainError
 
@@ -84,15 +85,49 @@ def test_the_last_row_of_a_repeated_step_counts(report):
     assert report["training"] == {
         "steps": 6,
         "attempts": 2,
+        "skipped_steps": 0,
         "first_loss": 2.5,
         "last_loss": 1 / 6,
+        "loss_spikes": [],
         "seconds": 60.0,
         "tokens": 6000,
         "supervised_tokens": 2400,
         "tokens_per_second": 100.0,
+        "share_of_peak": None,
         "peak_memory_gb": 1.5,
     }
     assert [row["loss"] for row in report["curve"]] == [2.5, 2.0, 1.5, 1 / 4, 1 / 5, 1 / 6]
+
+
+def test_skipped_steps_spikes_and_share_of_peak(spec):
+    spike = {"time": 1.0, "event": "loss_spike", "step": 3, "loss": 4.5, "expected": 1.75}
+    places = [f"/d.jsonl:{n}" for n in range(1, 8)]
+    more = {"seconds": 30.0, "tokens": 10, "supervised_tokens": 5, "memory_gb": 1.0, "attempt": 2}
+    with open(spec.paths.metrics, "a", encoding="utf-8") as f:
+        row = {"step": 7, "loss": None, "skipped": True, "share_of_peak": 0.2, **more}
+        f.write("\n" + json.dumps(row) + "\n")
+        f.write(json.dumps({"step": 8, "loss": 0.125, "share_of_peak": 0.6, "memory_gb_max": 3.5, **more}) + "\n")
+        # A profiled step is slower than the program is.
+        f.write(json.dumps({"step": 9, "loss": 0.25, "share_of_peak": 0.0, "profiled": True, **more}) + "\n")
+    events = [spike | {"step": n, "rows": places, "rows_left_out": 2} for n in range(3, 10)]
+    Path(spec.paths.events).write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+    models = {"base": None, "tuned": spec.paths.merged_dir, "adapter": None, "template": "model", "max_new_tokens": 1}
+    report = build_report(RESULTS, models, ({}, spec, make_prepared()))
+    assert report["training"]["skipped_steps"] == 1
+    assert report["training"]["share_of_peak"] == 0.4
+    assert report["training"]["peak_memory_gb"] == 3.5
+    facts = [tuple(fact) for fact in report["facts"]]
+    assert ("Steps", "9 in 2 attempts, 1 skipped (fp16 overflow)") in facts
+    assert ("Loss", "2.5000 → 0.2500 (first → last step)") in facts
+    assert any(
+        name == "Speed" and value.endswith(", 40% of the matrix product rate measured here") for name, value in facts
+    )
+    shown = "step 3: 4.5000 where about 1.7500 was expected; /d.jsonl:1, /d.jsonl:2, /d.jsonl:3, /d.jsonl:4 and 5 more"
+    assert ("Loss spike", shown) in facts
+    assert ("Loss spikes", "2 more: see events.jsonl") in facts
+    page = html_page(report)
+    assert "step 3: 4.5000" in page
+    assert "step 3: 4.5000" in markdown(report)
 
 
 def test_json_holds_everything_and_comes_back(folder, report):
@@ -191,7 +226,7 @@ def test_losses_that_are_no_numbers_are_null_and_left_out_of_the_curve(spec, tmp
     write_report(tmp_path / "report", report)
     text = (tmp_path / "report" / "report.json").read_text(encoding="utf-8")
     assert "NaN" not in text
-    assert json.loads(text)["training"]["last_loss"] is None
+    assert json.loads(text)["training"]["last_loss"] == 1 / 6
     assert "nan" not in (tmp_path / "report" / "report.html").read_text(encoding="utf-8").split("<svg")[1]
 
 

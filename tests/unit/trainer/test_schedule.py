@@ -7,7 +7,7 @@ import pytest
 from trainer.spec import OptimSpec
 from trainer.train import learning_rate
 
-OPTIM = OptimSpec(1.0, 0, 1, 1, 2.0, "cosine", 0.2, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False)
+OPTIM = OptimSpec(1.0, 0, 1, 1, 2.0, "cosine", 0.2, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False, False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Which of method x ZeRO stage x dtype x offload can be trained on a device, and the nearest that can. Pure.
+
+Stage by stage from DeepSpeed's engine (runtime/engine.py, `_configure_optimizer` and what it calls).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .attention_kinds import REFUSED
+from .errors import Problem
+from .model_facts import ModelFacts
+from .recipe_schema import Recipe
+
+OFFLOAD_STAGES = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}
+"""parallel.offload -> the ZeRO stages that do it."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The keys that depend on one another. Field values are those of `trainer.spec`."""
+
+    method: str
+    zero_stage: int
+    dtype: str
+    offload: str
+    device: str
+    accumulate: int
+
+
+def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
+    """Why this plan may be looked at but not started; each hint names the nearest combination that works."""
+    return [
+        *_model(facts),
+        *_scaled(combination),
+        *_offload(combination),
+        *_samples(combination, recipe),
+    ]
+
+
+def _model(facts: ModelFacts | None) -> list[Problem]:
+    """Families whose attention packed rows do not allow, and those whose code fits no current transformers."""
+    if facts is None:
+        return []
+    if facts.model_type == "internlm2":
+        hint = (
+            "InternLM's own tools/convert2llama.py (github.com/InternLM/InternLM) writes the same weights in Llama's format:\n"
+            "run it once and give its output folder as model.source; the rest of the recipe stays as it is."
+        )
+        message = "transformers has no InternLM2, and the code beside its weights fits version 4"
+        return [Problem("model.source", message, hint)]
+    hint = (
+        "What works: models whose layers are all softmax attention, with or without a sliding window, such as\n"
+        "Qwen2.5, Qwen3, Llama 3, Mistral, Gemma 3 and SmolLM2."
+    )
+    reasons = [REFUSED[kind] for kind in facts.attention if kind in REFUSED]
+    return [Problem("model.source", f"{facts.model_type} cannot be trained: {reason}", hint) for reason in reasons]
+
+
+def _scaled(combination: Combination) -> list[Problem]:
+    """DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only, and divides by the scale for stage 0 as well."""
+    if combination.dtype != "fp16" or combination.zero_stage != 0:
+        return []
+    message = "stage 0 does not scale the loss for fp16, so its gradients would be wrong"
+    return [Problem("parallel.zero", message, "Write parallel.zero: 1 (or 2, 3), or model.dtype: bf16.")]
+
+
+def _offload(combination: Combination) -> list[Problem]:
+    offload, stage = combination.offload, combination.zero_stage
+    # DeepSpeed moves parameters, and the constants of 4-bit weights are none.
+    packed = combination.method == "qlora" and combination.device == "cuda"
+    if stage not in OFFLOAD_STAGES[offload]:
+        if offload == "optimizer":
+            message = "optimizer needs ZeRO stage 1, 2 or 3: stage 0 has no shards to move"
+            hint = "Write parallel.zero: 1 (or 2, 3), or parallel.offload: none."
+        else:
+            message = f"parameters needs ZeRO stage 3: stage {stage} keeps the weights whole on the device"
+            other = f"parallel.offload: {'optimizer' if stage else 'none'}"
+            hint = f"Write {other}." if packed else f"Write parallel.zero: 3, or {other}."
+        return [Problem("parallel.offload", message, hint)]
+    if packed and offload == "parameters":
+        message = "parameters is not for 4-bit weights on a GPU: their constants are no parameters, and are not moved"
+        return [Problem("parallel.offload", message, "Write parallel.offload: optimizer, or method: lora.")]
+    return []
+
+
+def _samples(combination: Combination, recipe: Recipe) -> list[Problem]:
+    if combination.zero_stage != 3 or not recipe.evaluate.samples_every_steps:
+        return []
+    where = "evaluate.samples_every_steps"
+    message = "no rank holds the whole model under ZeRO-3, so it cannot answer while it trains"
+    other = "" if combination.offload == "parameters" else ", or parallel.zero: 2"
+    return [Problem(where, message, f"Write {where}: 0{other}; the report has the answers before and after.")]
+
+
+def compile_refusals(wanted: bool, compiler: str, hint: str) -> list[Problem]:
+    """torch.compile without a compiler on this machine (`compiler`: its path, or ""; `hint`: how to get one)."""
+    if not wanted or compiler:
+        return []
+    return [Problem("train.compile", "torch.compile needs a compiler, and this machine has none on its PATH", hint)]
+
+
+def cautions(combination: Combination) -> list[str]:
+    """What works but is worth a line."""
+    found = []
+    dtype = combination.dtype
+    if dtype == "fp16" and combination.device == "cpu":
+        text = (
+            "model.dtype fp16 on a CPU: slower than bf16 (7 times where there are bf16 units), and some CPUs refuse it"
+        )
+        found.append(f"{text}; bf16 needs no loss scale either")
+    if combination.zero_stage == 0 and dtype == "bf16" and combination.accumulate > 1:
+        text = f"ZeRO stage 0 adds up the gradients of {combination.accumulate} micro batches in bf16"
+        found.append(f"{text}, where small ones are lost; parallel.zero: 1 adds them up in fp32")
+    if combination.offload != "none" and combination.device == "cpu":
+        found.append(
+            f"parallel.offload {combination.offload}: this run computes on the CPU, so it costs copies and saves nothing"
+        )
+    return found
+
+
+def offload_reason(combination: Combination) -> str:
+    """What is moved and who updates it; "" for no offload."""
+    update = "updated there by torch's fused AdamW: no compiler needed"
+    if combination.offload == "none":
+        return ""
+    if combination.offload == "optimizer":
+        return f"optimizer states in CPU memory, {update}"
+    return f"weights and optimizer states in CPU memory; weights gathered layer by layer, states {update}"

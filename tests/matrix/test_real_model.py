@@ -1,0 +1,38 @@
+"""The matrix of tests/distributed/test_matrix.py on a real model, SmolLM2-135M-Instruct: `make matrix`.
+
+Each method x dtype is carried out, looked at and removed before the next: a full checkpoint has 1.6 GB.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from support.many_runs import REAL, carry_out
+from support.matrix import Cell, check_consolidated, check_losses, check_resumed, plan_cell, resumable, write_rows
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_every_stage_trains_saves_resumes_and_consolidates(
+    method: str, dtype: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell(method, zero, dtype) for zero in range(4)]
+    write_rows(tmp_path)
+    monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
+    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, 2e-4)
+    runs = [plan_cell(tmp_path, cell, REAL, 64, 2e-4) for cell in cells]
+    carry_out(tmp_path, 1, [{"plan": str(reference / "plan.json")}])
+    shutil.rmtree(reference / "checkpoints")
+    carry_out(tmp_path, 2, [{"plan": str(run / "plan.json")} for run in runs], timeout_s=1200)
+    copies = [resumable(run) for run in runs]
+    carry_out(tmp_path, 2, [{"plan": str(copy / "plan.json"), "attempt": 2} for copy in copies], timeout_s=1200)
+    for cell in cells:
+        worst = check_losses(tmp_path, cell, TOLERANCE[dtype])
+        check_resumed(tmp_path, cell)
+        check_consolidated(tmp_path, cell)
+        print(f"{cell.name}: worst deviation of a loss {worst:.1e}")
+    shutil.rmtree(tmp_path)

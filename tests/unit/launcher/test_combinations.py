@@ -1,0 +1,162 @@
+"""Every combination of the keys that depend on one another either plans or is refused with what would work."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.inventory import Device, Selection
+from launcher.combinations import compile_refusals
+from launcher.errors import PlanError
+from launcher.layout import Layout, decide_layout
+from launcher.model_facts import ModelFacts, read_facts
+from launcher.model_source import resolve_source
+from launcher.plan import Options, Plan, plan_run
+from launcher.recipe import load_recipe
+from launcher.recipe_schema import Recipe
+from launcher.run_dir import RunDir
+
+GPUS = tuple(Device(str(i), "A100", f"GPU-{i}", 80.0, 79.0, False, False, "") for i in range(2))
+SELECTIONS = {"cpu": Selection("cpu", (), 2, 1), "cuda": Selection("cuda", GPUS, 2, 4)}
+METHODS, STAGES, DTYPES = ("full", "lora", "qlora"), (0, 1, 2, 3), ("bf16", "fp32", "fp16")
+OFFLOADS = ("none", "optimizer", "parameters")
+LEGEND = """Every combination of method, ZeRO stage, offload and dtype on 2 processes, 2 micro batches a step.
+A number leads to the note below: what is warned of, or why it is refused and what works in its place.
+
+"""
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+
+def facts(**changes: Any) -> ModelFacts:
+    found = read_facts(resolve_source("Qwen/Qwen2.5-0.5B", Path("/")))
+    assert found is not None
+    return dataclasses.replace(found, **changes)
+
+
+def layout(
+    device: str, method: str, zero: Any, dtype: str, offload: str, known: ModelFacts | None = None, **sections: Any
+) -> Layout:
+    recipe = Recipe.model_validate(
+        {
+            "model": {"source": "a/b", "dtype": dtype},
+            "method": {"name": method},
+            "data": {"files": [{"path": "x.jsonl"}]},
+            "train": {"accumulate": 2},
+            "parallel": {"zero": zero, "offload": offload},
+            **sections,
+        }
+    )
+    return decide_layout(recipe, SELECTIONS[device], known or facts())
+
+
+def test_every_combination_works_or_is_refused(golden: Callable[[str, str], None]) -> None:
+    notes: list[str] = []
+
+    def cell(found: Layout) -> str:
+        assert not found.problems
+        texts = [f"{p.where}: {p.message}. {p.hint}" for p in found.refusals] or list(found.warnings)
+        notes.extend(t for t in texts if t not in notes)
+        numbers = ",".join(str(notes.index(t) + 1) for t in texts)
+        return ("refused" if found.refusals else "works") + (f" {numbers}" if numbers else "")
+
+    rows: list[tuple[str, ...]] = [("device", "method", "zero", "offload", *DTYPES)]
+    for device, method, zero, offload in itertools.product(SELECTIONS, METHODS, STAGES, OFFLOADS):
+        cells = [cell(layout(device, method, zero, dtype, offload)) for dtype in DTYPES]
+        rows.append((device, method, str(zero), offload, *cells))
+    table = "\n".join("  ".join(part.ljust(10) for part in row).rstrip() for row in rows)
+    footnotes = "\n".join(f"{number}  {text}" for number, text in enumerate(notes, 1))
+    golden("combinations.txt", f"{LEGEND}{table}\n\n{footnotes}\n")
+
+
+@pytest.mark.parametrize("device", SELECTIONS)
+def test_what_a_refusal_proposes_is_not_refused(device: str) -> None:
+    for method, zero, offload in itertools.product(METHODS, STAGES, OFFLOADS):
+        for refusal in layout(device, method, zero, "bf16", offload).refusals:
+            stage, other = re.search(r"zero: (\d)", refusal.hint), re.search(r"offload: (\w+)", refusal.hint)
+            assert stage or other
+            if stage:
+                assert not layout(device, method, int(stage[1]), "bf16", offload).refusals
+            if other:
+                assert not layout(device, method, zero, "bf16", other[1]).refusals
+
+
+def test_samples_under_zero3_are_refused() -> None:
+    wanted: dict[str, Any] = {"evaluate": {"samples_every_steps": 5, "prompts": [{"user": "a"}]}}
+    (refusal,) = layout("cuda", "lora", 3, "bf16", "none", **wanted).refusals
+    assert refusal.where == "evaluate.samples_every_steps"
+    assert "parallel.zero: 2" in refusal.hint
+    assert not layout("cuda", "lora", 2, "bf16", "none", **wanted).refusals
+    (refusal,) = layout("cuda", "lora", "auto", "bf16", "parameters", **wanted).refusals
+    assert "parallel.zero: 2" not in refusal.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "internlm2"}, "transformers has no InternLM2"),
+        ({"model_type": "gemma2", "attention": ("softcapped",)}, "attn_logit_softcapping"),
+        ({"model_type": "gpt_oss", "attention": ("full", "sinks", "sliding window")}, "has sinks"),
+        ({"model_type": "qwen3_next", "attention": ("full", "recurrent")}, "carry one document of a row into the next"),
+        ({"model_type": "llama4_text", "attention": ("chunked",)}, "fixed positions"),
+    ],
+)
+def test_models_that_cannot_be_packed_are_refused_even_without_sharing_rows(changes: dict, reason: str) -> None:
+    (refusal,) = layout("cpu", "lora", 2, "bf16", "none", facts(**changes)).refusals
+    assert refusal.where == "model.source"
+    assert reason in refusal.message
+    assert "convert2llama.py" in refusal.hint or "Qwen2.5" in refusal.hint
+
+
+def test_sliding_windows_and_latent_attention_are_not_refused() -> None:
+    for kinds in (("sliding window",), ("full", "sliding window"), ("latent",)):
+        assert not layout("cpu", "lora", 2, "bf16", "none", facts(attention=kinds)).refusals
+
+
+def test_compile_without_a_compiler_is_refused() -> None:
+    (refusal,) = compile_refusals(True, "", "Install one.")
+    assert (refusal.where, refusal.hint) == ("train.compile", "Install one.")
+    assert not compile_refusals(True, "/usr/bin/g++", "")
+    assert not compile_refusals(False, "", "")
+
+
+RECIPE = """model: Qwen/Qwen2.5-0.5B
+method: qlora
+data: rows.jsonl
+train:
+  compile: true
+parallel:
+  zero: 3
+  offload: parameters
+  sp: {sp}
+"""
+
+
+def plan(folder: Path, sp: int, compiler: str = "") -> Plan:
+    (folder / "r.yaml").write_text(RECIPE.format(sp=sp), encoding="utf-8")
+    (folder / "rows.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    loaded = load_recipe(folder / "r.yaml")
+    source = resolve_source(loaded.recipe.model.source, folder)
+    options = Options("torchrun", False, folder / "cache", 64.0, "launch r.yaml", (), compiler=compiler)
+    return plan_run(loaded, SELECTIONS["cuda"], source, read_facts(source), RunDir(folder / "run"), options)
+
+
+def test_refusals_of_a_plan_name_file_and_line(tmp_path: Path) -> None:
+    found = {r.where.rpartition("/")[2]: r.hint for r in plan(tmp_path, 2).refusals}
+    assert set(found) == {"r.yaml:8: parallel.offload", "r.yaml:5: train.compile"}
+    assert "gcc" in found["r.yaml:5: train.compile"]
+    assert len(plan(tmp_path, 2, "/usr/bin/gcc").refusals) == 1
+
+
+def test_a_size_that_does_not_fit_names_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"r\.yaml:9: parallel\.sp: sp 3 does not fit 2 processes"):
+        plan(tmp_path, 3)
