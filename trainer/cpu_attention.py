@@ -50,7 +50,7 @@ def blocks_of(lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Block, ...]
         first = int(firsts[own_Q[0]])
         first_key = first // KEY_STEP * KEY_STEP
         # Within one document only its beginning and the diagonal need a mask.
-        one_document = bool((own_Q == own_Q[0]).all()) and own_Q[0] >= 0
+        one_document = bool((own_Q == own_Q[0]).all())
         keys_M = torch.arange(start if one_document else first_key, start + BLOCK)
         seen_QM = (own_Q[:, None] == document_T[keys_M]) & (keys_M <= torch.arange(start, start + BLOCK)[:, None])
         seen_QM &= own_Q[:, None] >= 0
