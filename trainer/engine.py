@@ -92,7 +92,7 @@ def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:
         model=model, optimizer=optimizer, config=spec.deepspeed, dist_init_required=False
     )
     set_optimizer_step(engine, 0)
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         # The loop counts skipped steps, and stops with an error of its own.
         scaler.raise_error_at_min_scale = False
