@@ -32,6 +32,7 @@ def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None)
     """Why this plan may be looked at but not started; each hint names the nearest combination that works."""
     return [
         *_model(facts),
+        *_stretched(recipe, facts),
         *_scaled(combination),
         *_offload(combination),
         *_samples(combination, recipe),
@@ -55,6 +56,19 @@ def _model(facts: ModelFacts | None) -> list[Problem]:
     )
     reasons = [REFUSED[kind] for kind in facts.attention if kind in REFUSED]
     return [Problem("model.source", f"{facts.model_type} cannot be trained: {reason}", hint) for reason in reasons]
+
+
+def _stretched(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
+    """Rotary frequencies that follow the longest position of a forward pass: not one document's affair, nor one slice's."""
+    length = recipe.data.max_length * recipe.train.micro_batch
+    if facts is None or not 0 < facts.stretches_beyond < length:
+        return []
+    limit = facts.stretches_beyond
+    message = (
+        f"rows of {length} tokens (max_length x micro_batch) are longer than {limit}, where this model's rotary positions "
+        "change for all documents of a row at once: packed rows would not equal single ones"
+    )
+    return [Problem("data.max_length", message, f"Keep data.max_length x train.micro_batch at or below {limit}.")]
 
 
 def _scaled(combination: Combination) -> list[Problem]:
@@ -93,8 +107,11 @@ def _samples(combination: Combination, recipe: Recipe) -> list[Problem]:
     return [Problem(where, message, f"Write {where}: 0{other}; the report has the answers before and after.")]
 
 
-def compile_refusals(wanted: bool, compiler: str, hint: str) -> list[Problem]:
-    """torch.compile without a compiler on this machine (`compiler`: its path, or ""; `hint`: how to get one)."""
+def compile_refusals(wanted: bool, zero_stage: int, compiler: str, hint: str) -> list[Problem]:
+    """torch.compile where it cannot help, or without a compiler (`compiler`: its path, or ""; `hint`: how to get one)."""
+    if wanted and zero_stage == 3:
+        message = "ZeRO-3 gathers weights between the parts of a layer, which breaks it into pieces that compile anew"
+        return [Problem("train.compile", message, "Write train.compile: false, or parallel.zero: 2.")]
     if not wanted or compiler:
         return []
     return [Problem("train.compile", "torch.compile needs a compiler, and this machine has none on its PATH", hint)]

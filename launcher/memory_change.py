@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from .combinations import OFFLOAD_STAGES
 from .memory import MemoryInputs, estimate
 from .sequence_parallel import allowed_sp
 
@@ -71,9 +72,10 @@ def _of_layout(inputs: MemoryInputs, max_zero_stage: int) -> Iterator[Candidate]
 
 
 def _of_offload(inputs: MemoryInputs, host_gb: float) -> Iterator[Candidate]:
-    stages = {"optimizer": (1, 2, 3), "parameters": (3,)}
     if inputs.offload == "none" and inputs.device == "cuda":
-        for what, allowed in stages.items():
+        for what, allowed in OFFLOAD_STAGES.items():
+            if what == "none":
+                continue
             changed = replace(inputs, offload=what)
             needs = sum(t.gb for t in estimate(changed).host_terms) * inputs.shards
             quantised = inputs.method == "qlora" and what == "parameters"

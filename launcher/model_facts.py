@@ -61,6 +61,8 @@ class ModelFacts:
     """For people: "config.json", "gguf header", "config.json in the Hub cache", "built-in table"."""
     is_approximate: bool
     """The family's layers are not known here: counts assume a Llama-like decoder."""
+    stretches_beyond: int = 0
+    """Row length in tokens above which rotary frequencies depend on the longest position of the row; 0: they never do."""
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,20 @@ def _facts_of_config(
         has_chat_template=has_template,
         known_from=known_from,
         is_approximate=model_type not in _FAMILIES or bool(experts) or text is not config,
+        stretches_beyond=_stretches_beyond(text),
         **dims,
     )
     return _with_counts(facts, text, shapes)
+
+
+def _stretches_beyond(config: dict[str, Any]) -> int:
+    """Where `dynamic` and `longrope` change over: transformers' modeling_rope_utils.dynamic_rope_update."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    if kind not in ("dynamic", "longrope"):
+        return 0
+    original = "original_max_position_embeddings"
+    return _count(rope, original) or _count(config, original) or _count(config, "max_position_embeddings")
 
 
 def _with_counts(facts: ModelFacts, config: dict[str, Any], shapes: dict[str, int]) -> ModelFacts:

@@ -121,7 +121,7 @@ def plan_run(
         *_step_reasons(spec),
     ]
     hint = install_hint(selection.kind)
-    refusals = (*layout.refusals, *compile_refusals(spec.optim.compile, options.compiler, hint))
+    refusals = (*layout.refusals, *compile_refusals(spec.optim.compile, layout.zero_stage, options.compiler, hint))
     return Plan(
         spec=spec,
         backend=options.backend,
@@ -222,7 +222,7 @@ def _optim(recipe: Recipe, layout: Layout, device: str, debug: bool) -> OptimSpe
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         gradient_checkpointing=device == "cuda" if checkpointing == "auto" else checkpointing,
-        compile=train.compile is True,
+        compile=train.compile,
     )
 
 

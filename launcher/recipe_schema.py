@@ -105,8 +105,8 @@ class Train(Section):
     """Clip the gradient to this norm; 0 turns clipping off."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto: on for CUDA, off for CPU."""
-    compile: bool | Literal["auto"] = "auto"
-    """Compile each decoder layer with torch.compile (needs a C++ compiler on CPU)."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: pays in runs of some hundred micro batches; needs a compiler."""
     seed: int = 42
     """Seed of the adapters' initial weights, dropout and the data order."""
 

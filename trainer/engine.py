@@ -63,18 +63,22 @@ def init_ranks(spec: TrainSpec) -> Ranks:
         else:
             dist.init_process_group(backend, timeout=timeout)
     # Here, and not in deepspeed.initialize: ZeRO-3 already cuts the weights while they are loaded.
-    start_deepspeed()
+    start_deepspeed(timeout)
     sp = spec.parallel.sp
     return Ranks(rank, local_rank, world_size, dp_rank=rank // sp, sp_rank=rank % sp, device=device)
 
 
-def start_deepspeed() -> None:
-    """Let DeepSpeed's communication use the process group that there is."""
+def start_deepspeed(timeout: timedelta) -> None:
+    """Let DeepSpeed use the process group that there is. Collective: every rank must call. `timeout` limits its waits."""
     import deepspeed
+    from deepspeed.utils import groups
 
     # On CPU DeepSpeed would compile a shared-memory collective at its first start (30 s, and a compiler); gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    if groups._WORLD_GROUP is None:
+        # The group on which ZeRO reduces and gathers: DeepSpeed would make it with torch's default limit.
+        groups._WORLD_GROUP = dist.new_group(range(dist.get_world_size()), timeout=timeout)
 
 
 def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:
@@ -97,7 +101,7 @@ def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:
         # The loop counts skipped steps, and stops with an error of its own.
         scaler.raise_error_at_min_scale = False
     if spec.parallel.sp > 1:
-        share_rows(model.base, spec.parallel.sp)
+        share_rows(model.base, spec.parallel.sp, timedelta(seconds=spec.parallel.timeout_s))
     return engine
 
 

@@ -76,8 +76,8 @@ class LossWatch:
         self.recent: deque[float] = deque(maxlen=WINDOW)
         self.skipped_in_a_row = 0
 
-    def look(self, step: Step, rows_of: int) -> dict[str, Any] | None:
-        """Take in a step whose rows are those of the 0-based step `rows_of`. Returns the fields of a `loss_spike` event.
+    def look(self, step: Step, number: int) -> dict[str, Any] | None:
+        """Take in what the 1-based step `number` did. Returns the fields of a `loss_spike` event.
 
         Raises TrainError after MAX_SKIPS_IN_A_ROW skipped steps, on every rank.
         """
@@ -85,15 +85,15 @@ class LossWatch:
             # It changed no weight, so nothing is expected of its loss.
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
-                raise self._too_many_skips(rows_of, step.loss_scale or 1.0)
+                raise self._too_many_skips(number - 1, step.loss_scale or 1.0)
             return None
         self.skipped_in_a_row = 0
         spike = find_spike(self.recent, step.loss)
         self.recent.append(step.loss)
-        return None if spike is None else self._event(spike, rows_of)
+        return None if spike is None else self._event(spike, number - 1)
 
-    def _event(self, spike: Spike, rows_of: int) -> dict[str, Any]:
-        rows = [r for of_rank in rows_of_step(rows_of, self.spec, self.data) for micro in of_rank for r in micro]
+    def _event(self, spike: Spike, step: int) -> dict[str, Any]:
+        rows = [r for of_rank in rows_of_step(step, self.spec, self.data) for micro in of_rank for r in micro]
         sources = sources_of(rows, self.data)
         return {
             "loss": round(spike.loss, 4),
@@ -102,8 +102,8 @@ class LossWatch:
             "rows_left_out": max(0, len(sources) - MAX_EVENT_ROWS),
         }
 
-    def _too_many_skips(self, rows_of: int, loss_scale: float) -> TrainError:
-        file = keep_batch("gradient", rows_of, _all_places(self.spec), self.spec, self.ranks, self.data)
+    def _too_many_skips(self, step: int, loss_scale: float) -> TrainError:
+        file = keep_batch("gradient", step, _all_places(self.spec), self.spec, self.ranks, self.data)
         return TrainError(
             f"{self.skipped_in_a_row} steps in a row were skipped: the fp16 gradient is not finite even at loss scale "
             f"{loss_scale:g}",
@@ -202,6 +202,8 @@ def _batch_json(dp_rank: int, micro: int, rows: list[int], data: TokenData) -> d
 def rows_of_step(step: int, spec: TrainSpec, data: TokenData) -> list[list[list[int]]]:
     """Row numbers of the 0-based `step`: of each dp rank, of each micro batch; -1 is no row."""
     dp = spec.parallel.dp
+    # A debug run repeats its first batch: a loss that does not fall on it has a reason worth knowing.
+    step = 0 if spec.debug else step
     return [step_rows(step, rank, data.num_rows, spec.optim, dp) for rank in range(dp)]
 
 

@@ -54,13 +54,17 @@ class StepProfiler:
         if not self.records(number):
             yield
             return
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         if self.profile is None:
-            activities = [ProfilerActivity.CPU]
-            activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             self.profile = profile(activities=activities)
             self.profile.start()
+        else:
+            self.profile.toggle_collection_dynamic(True, activities)
         with record_function(f"optimizer step {number}"):
             yield
+        # What lies between two steps, such as a checkpoint, is none of their cost.
+        self.profile.toggle_collection_dynamic(False, activities)
 
     def stepped(self, number: int, step: Step, last: bool) -> None:
         """Take in what the step did; after the last one to record, or of the run, write the trace and the page."""
@@ -134,7 +138,7 @@ def summary_page(spec: TrainSpec, numbers: list[int], steps: list[Step], costs: 
         "|---|---:|---:|---:|",
         *(f"| `{name}` | {calls} | {_cells(seconds, wall)} |" for name, calls, seconds in rows),
         f"| all others ({max(0, len(costs) - TOP)}) | | {_cells(counted - sum(r[2] for r in rows), wall)} |",
-        f"| outside of operators: Python, waiting | | {_cells(max(0.0, wall - counted), wall)} |",
+        f"| outside of operators: Python, waiting | | {_cells(wall - counted, wall)} |",
         "",
         "## The whole trace",
         "",

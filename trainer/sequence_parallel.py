@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ def slice_of(row: Batch, sp_rank: int, sp: int) -> Batch:
     return Batch(*tensors, document_lengths=row.document_lengths)
 
 
-def share_rows(base: Any, sp: int) -> None:
+def share_rows(base: Any, sp: int, timeout: timedelta) -> None:
     """Make this model's attention work on slices. Collective: every rank must call, after DeepSpeed has started.
 
-    The function is registered under a name of its own, so that another model in this process keeps its attention.
+    `timeout` limits every exchange. The function is registered under a name of its own, so that another model in this process keeps its attention.
     Raises TrainError when the heads cannot be shared by `sp` ranks.
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -50,7 +51,8 @@ def share_rows(base: Any, sp: int) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config = base.config.get_text_config()
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % sp or (kv_heads % sp and sp % kv_heads):
         raise TrainError(
             f"{sp} ranks cannot share {heads} heads ({kv_heads} kv)",
@@ -63,7 +65,7 @@ def share_rows(base: Any, sp: int) -> None:
         attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         kv_head_count=kv_heads,
         num_hidden_layers=config.num_hidden_layers,
-        process_group=_own_group(sp),
+        process_group=_own_group(sp, timeout),
         seq_length_is_variable=True,
     )
 
@@ -96,12 +98,12 @@ def whole_rows(base: Any) -> Iterator[None]:
             base.set_attn_implementation(NAME)
 
 
-def _own_group(sp: int) -> Any:
+def _own_group(sp: int, timeout: timedelta) -> Any:
     """The group of `sp` neighbouring ranks that this one belongs to. Collective: every rank makes all of them."""
     mine = None
     for first in range(0, dist.get_world_size(), sp):
         ranks = list(range(first, first + sp))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             mine = group
     assert mine is not None

@@ -46,12 +46,17 @@ def load_sharded(
     tied = set(base.get_expanded_tied_weights_keys(all_submodels=True))
     files = stored_tensors(Path(model_dir))
     _check_names(base, files, tied, model_dir)
-    fp32 = tuple(base._keep_in_fp32_modules_strict or ())
+    fp32 = {*(base._keep_in_fp32_modules_strict or ())}
+    if dtype == torch.float16:
+        fp32 |= {*(base._keep_in_fp32_modules or ())}
     for prefix, module in _units(base):
         _materialise(prefix, module, files, tied, dtype, fp32, device)
         # A tied weight is still without content: it gets its twin's below.
         if not any(p.is_meta for p in module.parameters()):
             deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config)
+    for name, buffer in base.named_buffers():
+        if name in files:
+            buffer.copy_(_read(files[name], name))
     base.tie_weights()
     if quantizer is not None:
         quantizer.postprocess_model(base)
@@ -100,7 +105,7 @@ def _materialise(
     files: dict[str, StoredTensor],
     tied: set[str],
     dtype: torch.dtype,
-    fp32: tuple[str, ...],
+    fp32: set[str],
     device: torch.device,
 ) -> None:
     """Put the stored tensors of `module` in the place of its empty parameters."""

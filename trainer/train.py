@@ -21,7 +21,7 @@ from .clock import Clock
 from .data import Batch, TokenData, num_steps, step_rows
 from .debug_view import check_losses, first_batch_page
 from .engine import Ranks, build_engine, clip_whole_gradient, init_ranks, loss_scaler_state, set_learning_rate
-from .loss_watch import LossWatch, not_finite, require_finite_weights, what_is_not_finite
+from .loss_watch import LossWatch, not_finite, require_finite_weights, rows_of_step, what_is_not_finite
 from .metrics import peak_memory_gb
 from .model import load_model
 from .profiler import StepProfiler
@@ -75,16 +75,14 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     while progress.step < total_steps:
         rate = learning_rate(progress.step, total_steps, spec.optim)
         set_learning_rate(engine, rate)
-        # A debug run repeats its first batch: a loss that does not fall on it has a reason worth knowing.
-        rows_of = 0 if spec.debug else progress.step
         with profiler.step(progress.step + 1):
-            step = train_step(engine, spec, data, ranks, rows_of)
+            step = train_step(engine, spec, data, ranks, progress.step)
         losses.append(step.loss)
         progress.advance(step, spec)
         done, stopping = progress.step == total_steps, step.stop_requested
         log.stepped(step, progress, rate, profiled=profiler.records(progress.step))
         profiler.stepped(progress.step, step, last=done or stopping)
-        log.spiked(progress.step, watch.look(step, rows_of))
+        log.spiked(progress.step, watch.look(step, progress.step))
         if spec.evaluate.samples_every_steps and progress.step % spec.evaluate.samples_every_steps == 0:
             sampler.answer(engine.module, progress.step)
         every = spec.checkpoint.every_steps
@@ -119,9 +117,9 @@ def train_step(
 
     `before_update` is called on every rank when the step's gradients are complete and not yet used.
     """
-    dp, sp = spec.parallel.dp, spec.parallel.sp
+    sp = spec.parallel.sp
     # Every rank knows the rows of all ranks, so the number of supervised tokens needs no communication.
-    rows_of_dp = [step_rows(step, rank, data.num_rows, spec.optim, dp) for rank in range(dp)]
+    rows_of_dp = rows_of_step(step, spec, data)
     rows = [r for rank_rows in rows_of_dp for micro in rank_rows for r in micro if r >= 0]
     supervised, tokens = int(data.supervised_per_row[rows].sum()), int(data.tokens_per_row[rows].sum())
     micro_losses: list[torch.Tensor] = []

@@ -56,13 +56,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
     folder = tmp_path_factory.mktemp("golden")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-        items = []
-        for name, training in TRAININGS.items():
-            (folder / f"{name}.yaml").write_text(training.text(), encoding="utf-8")
-            for device in DEVICES:
+        for device in DEVICES:
+            items = []
+            for name, training in TRAININGS.items():
+                (folder / f"{name}.yaml").write_text(training.text(), encoding="utf-8")
                 run = planned(folder, f"{name}.yaml", f"{name}_{device}", 1 if device == "cpu" else None)
                 items.append({"plan": str(run / "plan.json")})
-    carry_out(folder, 1, items)
+            carry_out(folder, 1, items, on_gpu=device == "cuda")
     return folder
 
 
@@ -78,6 +78,8 @@ def test_losses_are_those_of_the_golden_file(
         head = TRAININGS[name].text().strip().replace(str(ROOT), ".")
         lines = [f"# {line}" for line in head.splitlines()] + [f"{step} {loss:.6f}" for step, loss in got.items()]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not path.is_file():
+        pytest.xfail(f"{path.name} has not been written yet: --update-golden, on a machine with a {device} device")
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     for step, loss in rows:
         assert got[int(step)] == pytest.approx(float(loss), rel=TOLERANCE), f"step {step}"

@@ -39,6 +39,7 @@ def carry_out(
     items: Sequence[dict[str, Any]],
     timeout_s: float = 600,
     script: str = "rank_process.py",
+    on_gpu: bool = False,
 ) -> None:
     """Do `items` (see the script) in `num_processes` gloo processes; fails with the ends of their logs."""
     work = folder / f"work_{num_processes}_{len(list(folder.glob('work_*')))}.json"
@@ -50,6 +51,8 @@ def carry_out(
     for rank in range(num_processes):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
+        if not on_gpu:
+            env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "LOCAL_WORLD_SIZE": str(num_processes)}
         log = work.with_suffix(f".rank_{rank}.log")
         logs.append(log)

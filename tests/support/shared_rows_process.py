@@ -56,7 +56,7 @@ def compare(config_dir: str, sp: int, lengths: tuple[int, ...], window: int | No
     before = hidden(whole, batch)
     weights = torch.randn(before.shape, dtype=before.dtype, generator=torch.Generator().manual_seed(5))
     expected = gradients(whole, before, weights)
-    share_rows(shared, sp)
+    share_rows(shared, sp, timedelta(seconds=120))
     sp_rank = dist.get_rank() % sp
     size = sum(lengths) // sp
     own = slice(sp_rank * size, (sp_rank + 1) * size)
@@ -80,7 +80,7 @@ def compare(config_dir: str, sp: int, lengths: tuple[int, ...], window: int | No
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     torch.set_num_threads(1)
-    start_deepspeed()
+    start_deepspeed(timedelta(seconds=120))
     results = [
         {**item, **compare(item["config"], item["sp"], tuple(item["lengths"]), item["window"])}
         for item in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

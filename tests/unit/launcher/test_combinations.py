@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.inventory import Device, Selection
-from launcher.combinations import compile_refusals
+from launcher.combinations import Combination, compile_refusals, refusals
 from launcher.errors import PlanError
 from launcher.layout import Layout, decide_layout
 from launcher.model_facts import ModelFacts, read_facts
@@ -122,11 +122,27 @@ def test_sliding_windows_and_latent_attention_are_not_refused() -> None:
         assert not layout("cpu", "lora", 2, "bf16", "none", facts(attention=kinds)).refusals
 
 
-def test_compile_without_a_compiler_is_refused() -> None:
-    (refusal,) = compile_refusals(True, "", "Install one.")
+def test_compile_without_a_compiler_or_under_zero3_is_refused() -> None:
+    (refusal,) = compile_refusals(True, 2, "", "Install one.")
     assert (refusal.where, refusal.hint) == ("train.compile", "Install one.")
-    assert not compile_refusals(True, "/usr/bin/g++", "")
-    assert not compile_refusals(False, "", "")
+    assert not compile_refusals(True, 2, "/usr/bin/g++", "")
+    assert not compile_refusals(False, 3, "", "")
+    (refusal,) = compile_refusals(True, 3, "/usr/bin/g++", "")
+    assert "parallel.zero: 2" in refusal.hint
+
+
+@pytest.mark.parametrize(("max_length", "micro_batch", "refused"), [(4096, 1, False), (4097, 1, True), (2048, 3, True)])
+def test_rows_beyond_a_stretched_context_are_refused(max_length: int, micro_batch: int, refused: bool) -> None:
+    """Phi-3-mini-128k: above 4096 tokens every position of the row turns by other angles."""
+    long_context = dataclasses.replace(facts(), stretches_beyond=4096)
+    document = {
+        "data": {"files": [{"path": "r.jsonl"}], "max_length": max_length},
+        "train": {"micro_batch": micro_batch},
+    }
+    recipe = Recipe.model_validate({"model": {"source": "m"}, "method": {"name": "lora"}, **document})
+    found = refusals(Combination("lora", 2, "bf16", "none", "cuda", 1), recipe, long_context)
+    assert [r.where for r in found] == (["data.max_length"] if refused else [])
+    assert not refusals(Combination("lora", 2, "bf16", "none", "cuda", 1), recipe, facts())
 
 
 RECIPE = """model: Qwen/Qwen2.5-0.5B
@@ -153,8 +169,7 @@ def plan(folder: Path, sp: int, compiler: str = "") -> Plan:
 def test_refusals_of_a_plan_name_file_and_line(tmp_path: Path) -> None:
     found = {r.where.rpartition("/")[2]: r.hint for r in plan(tmp_path, 2).refusals}
     assert set(found) == {"r.yaml:8: parallel.offload", "r.yaml:5: train.compile"}
-    assert "gcc" in found["r.yaml:5: train.compile"]
-    assert len(plan(tmp_path, 2, "/usr/bin/gcc").refusals) == 1
+    assert "parallel.zero: 2" in found["r.yaml:5: train.compile"]
 
 
 def test_a_size_that_does_not_fit_names_file_and_line(tmp_path: Path) -> None:

@@ -367,3 +367,24 @@ def test_misspelt_lora_target_names_the_nearest_layer(tmp_path: Path) -> None:
         lora_parameters(smollm2, 8, ("q_porj", "v_proj"))
     assert "Did you mean q_proj?" in caught.value.hint
     assert "down_proj" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096),
+        ({"type": "dynamic", "factor": 2.0}, 32768),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 0),
+        ({"rope_type": "default"}, 0),
+        (None, 0),
+    ],
+)
+def test_rotary_positions_that_change_with_the_row_length(tmp_path: Path, rope: dict | None, limit: int) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 100,
+        "num_attention_heads": 4, "max_position_embeddings": 32768, "rope_scaling": rope,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = read_facts(SourceRef("random", str(tmp_path), "m"))
+    assert found is not None
+    assert found.stretches_beyond == limit

@@ -138,8 +138,8 @@ def step(loss: float, skipped: bool = False) -> Step:
 
 def test_a_spike_names_the_rows_of_its_step(watch: LossWatch) -> None:
     for n in range(20):
-        assert watch.look(step(2.0), n % 2) is None
-    found = watch.look(step(9.0), 1)
+        assert watch.look(step(2.0), n % 2 + 1) is None
+    found = watch.look(step(9.0), 2)
     assert found is not None
     assert (found["loss"], found["expected"], found["rows_left_out"]) == (9.0, 2.0, 0)
     rows = [r for of_rank in rows_of_step(1, watch.spec, watch.data) for micro in of_rank for r in micro]
@@ -150,20 +150,20 @@ def test_a_spike_names_the_rows_of_its_step(watch: LossWatch) -> None:
 
 def test_a_skipped_step_is_expected_of_nothing(watch: LossWatch) -> None:
     for n in range(20):
-        assert watch.look(step(2.0), n) is None
-    assert watch.look(step(math.nan, skipped=True), 0) is None
-    assert watch.look(step(math.inf, skipped=True), 0) is None
+        assert watch.look(step(2.0), n + 1) is None
+    assert watch.look(step(math.nan, skipped=True), 1) is None
+    assert watch.look(step(math.inf, skipped=True), 1) is None
     assert list(watch.recent) == [2.0] * 20
 
 
 def test_skips_in_a_row_have_a_limit(watch: LossWatch) -> None:
     for _ in range(MAX_SKIPS_IN_A_ROW - 1):
-        watch.look(step(math.nan, skipped=True), 0)
-    watch.look(step(2.0), 0)
-    for _ in range(MAX_SKIPS_IN_A_ROW - 1):
-        watch.look(step(math.nan, skipped=True), 0)
-    with pytest.raises(TrainError, match=rf"{MAX_SKIPS_IN_A_ROW} steps in a row were skipped.*loss scale 4\n") as error:
         watch.look(step(math.nan, skipped=True), 1)
+    watch.look(step(2.0), 1)
+    for _ in range(MAX_SKIPS_IN_A_ROW - 1):
+        watch.look(step(math.nan, skipped=True), 1)
+    with pytest.raises(TrainError, match=rf"{MAX_SKIPS_IN_A_ROW} steps in a row were skipped.*loss scale 4\n") as error:
+        watch.look(step(math.nan, skipped=True), 2)
     file = Path(watch.spec.paths.bad_batches_dir) / "step_000002.json"
     assert str(file) in error.value.hint
     assert len(json.loads(file.read_text(encoding="utf-8"))["micro_batches"]) == 4

@@ -38,6 +38,7 @@ def train(profiler: StepProfiler, first: int, last: int) -> None:
         with profiler.step(number):
             (weight @ weight).sum()
         profiler.stepped(number, step(), last=number == last)
+        weight.exp()  # what lies between two steps
 
 
 def test_steps_leave_a_trace_and_a_page(spec: TrainSpec) -> None:
@@ -47,6 +48,7 @@ def test_steps_leave_a_trace_and_a_page(spec: TrainSpec) -> None:
     events = json.loads(gzip.decompress((folder / TRACE).read_bytes()))["traceEvents"]
     names = [event.get("name") for event in events]
     assert names.count("aten::mm") == 2
+    assert "aten::exp" not in names
     assert {n for n in names if str(n).startswith("optimizer step")} == {"optimizer step 3", "optimizer step 4"}
     page = (folder / SUMMARY).read_text(encoding="utf-8")
     assert page.startswith("# Profile of steps 3 to 4\n")
