@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo    install, then fine-tune a real 135M model and show it before and after"
 	@echo "make test    install, then run every test"
-	@echo "make matrix  every method, ZeRO stage and dtype on a real model (about 15 minutes)"
+	@echo "make matrix  every method, ZeRO stage and dtype on a real model"
 	@echo "make bench   time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
 	@echo "make check   format, lint, types, unit and architecture tests (under a minute)"
 	@echo "make clean   remove .venv"

@@ -3,8 +3,8 @@
 A layer, not the model: all layers have the same code, so it is compiled once. What differs from row to row, the lengths
 of its documents, is kept from the compiler, which would otherwise compile for every row.
 
-On two CPU cores a 135M model takes 14 % less time for each micro batch of 1024 tokens, after some 20 s of compilation:
-it pays from about 150 micro batches on.
+On two CPU cores a 135M model takes 10 % less time for each micro batch of 1024 tokens, and its first step 5 s more: it
+pays from about 40 micro batches on.
 """
 
 from __future__ import annotations

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.commands import losses, train_only
+from support.commands import ROOT, losses
+from support.many_runs import carry_out, planned
+from support.matrix import write_rows
 
 from trainer.data import TokenData, num_steps, rows_per_step, step_rows
 from trainer.spec import Prepared, TrainSpec, read_plan
 
+TINY_FOLDER = ROOT / "recipes" / "tiny"
 RECIPE = """
 model: {source: "random:%s", dtype: fp32}
 method: {name: %s%s}
@@ -27,13 +30,18 @@ parallel: {zero: %d}
 def reference_losses(spec: TrainSpec) -> list[float]:
     """The same rows in the same order, the plainest way that transformers and peft allow."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     prepared = Prepared.read(spec.paths.prepared)
     data, optim = TokenData.open(prepared.data_dir), spec.optim
-    model = AutoModelForCausalLM.from_pretrained(prepared.model_dir, dtype=torch.float32)
+    quantization = None
+    if spec.method.name == "qlora":
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        prepared.model_dir, dtype=torch.float32, quantization_config=quantization, device_map={"": "cpu"}
+    )
     torch.manual_seed(optim.seed)
-    if spec.method.name == "lora":
+    if spec.method.name != "full":
         config = LoraConfig(r=spec.method.rank, lora_alpha=spec.method.alpha, target_modules="all-linear")
         model = get_peft_model(model, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -74,49 +82,47 @@ def reference_losses(spec: TrainSpec) -> list[float]:
     return found
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """Answers of very different lengths, so that a mean of means is far from the mean."""
-    lines = [
-        json.dumps(
-            {
-                "messages": [
-                    {"role": "user", "content": "q" * (i % 5 + 1)},
-                    {"role": "assistant", "content": "a b " * (1 + 13 * (i % 4))},
-                ]
-            }
-        )
-        for i in range(22)
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("method", "processes", "zero", "packing", "checkpointing"),
-    [
-        ("full", 1, 2, "true", "true"),
-        ("full", 2, 1, "false", "false"),
-        ("full", 2, 3, "true", "true"),
-        ("lora", 2, 2, "true", "true"),
-        ("lora", 2, 3, "false", "true"),
-    ],
+CASES = (
+    # method, processes, ZeRO stage, packing, gradient checkpointing
+    ("full", 1, 2, "true", "true"),
+    ("full", 2, 1, "false", "false"),
+    ("full", 2, 3, "true", "true"),
+    ("lora", 2, 2, "true", "true"),
+    ("lora", 2, 3, "false", "true"),
+    ("qlora", 2, 2, "true", "true"),
 )
-def test_losses_equal_the_plain_loop(
-    rows: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    method: str,
-    processes: int,
-    zero: int,
-    packing: str,
-    checkpointing: str,
-) -> None:
-    tiny = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-    rank = ", rank: 4" if method == "lora" else ""
-    (rows / "r.yaml").write_text(RECIPE % (tiny, method, rank, packing, checkpointing, zero), encoding="utf-8")
-    monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-    run = train_only(rows, "r.yaml", processes, "run")
+DROPOUT = ("without dropout", "with dropout")
+
+
+def plan_case(folder: Path, name: str, case: tuple[str, int, int, str, str], sets: Sequence[str] = ()) -> Path:
+    method, processes, zero, packing, checkpointing = case
+    rank = "" if method == "full" else ", rank: 4"
+    text = RECIPE % (TINY_FOLDER, method, rank, packing, checkpointing, zero)
+    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return planned(folder, f"{name}.yaml", name, processes, sets)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    """A folder with one finished training a case."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_rows(folder)
+    work: dict[int, list[Path]] = {1: [], 2: []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
+        for number, case in enumerate(CASES):
+            work[case[1]].append(plan_case(folder, f"case {number}", case))
+        for name, dropout in zip(DROPOUT, ("0.0", "0.5"), strict=True):
+            case = ("lora", 1, 2, "true", "false")
+            work[1].append(plan_case(folder, name, case, [f"method.dropout={dropout}"]))
+    for processes, planned_runs in work.items():
+        carry_out(folder, processes, [{"plan": str(run / "plan.json")} for run in planned_runs])
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
+def test_losses_equal_the_plain_loop(runs: Path, number: int) -> None:
+    run = runs / f"case {number}"
     expected = reference_losses(read_plan(str(run / "plan.json")))
     got = losses(run)
     assert len(got) == len(expected) >= 4
@@ -124,12 +130,8 @@ def test_losses_equal_the_plain_loop(
         assert got[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
 
 
-def test_dropout_is_on_in_training(rows: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-    tiny = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-    (rows / "r.yaml").write_text(RECIPE % (tiny, "lora", ", rank: 4", "true", "false", 2), encoding="utf-8")
-    without = losses(train_only(rows, "r.yaml", 1, "without"))
-    with_it = losses(train_only(rows, "r.yaml", 1, "with", ["method.dropout=0.5"]))
+def test_dropout_is_on_in_training(runs: Path) -> None:
+    without, with_it = (losses(runs / name) for name in DROPOUT)
     # lora_B starts at zero, so the first step cannot tell.
     assert with_it[1] == without[1]
     assert with_it[4] != without[4]

@@ -19,7 +19,7 @@ RECIPE = """
 model: {{source: "{source}", dtype: fp32}}
 method: {{name: {method}{rank}}}
 data: {{files: rows.jsonl, max_length: {length}, packing: {packing}}}
-train: {{epochs: 9, micro_batch: {micro}, global_batch: 4, learning_rate: {rate}, weight_decay: 0.1, warmup_ratio: 0.0}}
+train: {{epochs: 9, micro_batch: {micro}, global_batch: {batch}, learning_rate: {rate}, weight_decay: 0.1, warmup_ratio: 0.0}}
 parallel: {{zero: {zero}, sp: {sp}}}
 """
 
@@ -34,6 +34,7 @@ class Layout:
     packing: str = "true"
     source: str = TINY
     length: int = 126
+    batch: int = 4
 
     @property
     def name(self) -> str:
@@ -44,7 +45,7 @@ class Layout:
     @property
     def reference(self) -> Layout:
         """One process that takes one row after the other."""
-        return Layout(1, 1, 1, 1, self.method, self.packing, self.source, self.length)
+        return Layout(1, 1, 1, 1, self.method, self.packing, self.source, self.length, self.batch)
 
     def plan(self, folder: Path) -> str:
         rank, rate = ("", 5e-3) if self.method == "full" else (", rank: 8", 1e-3)
@@ -63,7 +64,7 @@ LAYOUTS = (
     Layout(zero=2, packing="false", micro=2),
     Layout(zero=1, sp=2, packing="false"),
     # 9 heads, 3 of them key-value heads: three ranks can share a row, two cannot.
-    Layout(processes=3, zero=2, sp=3, method="lora", source=REAL, length=96),
+    Layout(processes=3, zero=2, sp=3, method="lora", source=REAL, length=96, batch=2),
 )
 
 

@@ -23,7 +23,7 @@ RECIPE = """
 model: {{source: "{source}", dtype: fp32}}
 method: {{name: {method}{rank}}}
 data: {{files: {data}, max_length: {length}, packing: {packing}}}
-train: {{max_steps: {steps}, micro_batch: {micro}, accumulate: 2, learning_rate: {rate}, seed: 7}}
+train: {{max_steps: {steps}, micro_batch: {micro}, accumulate: {accumulate}, learning_rate: {rate}, seed: 7}}
 parallel: {{zero: 2}}
 checkpoint: {{every_steps: 0}}
 """
@@ -38,6 +38,7 @@ class Training:
     length: int
     packing: str = "true"
     micro: int = 1
+    accumulate: int = 2
 
     def text(self) -> str:
         rank = "" if self.method == "full" else ", rank: 8"
@@ -45,7 +46,7 @@ class Training:
 
 
 TRAININGS = {
-    "smollm2_lora": Training(REAL, "lora", 1e-3, 160),
+    "smollm2_lora": Training(REAL, "lora", 1e-3, 160, accumulate=1),
     "tiny_full": Training(TINY, "full", 2e-3, 256),
     "tiny_qlora_unpacked": Training(TINY, "qlora", 5e-3, 256, "false", 4),
 }
