@@ -12,7 +12,9 @@ import pytest
 from support.many_runs import REAL, carry_out
 from support.matrix import Cell, check_consolidated, check_losses, check_resumed, plan_cell, resumable, write_rows
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""Relative. Where a gradient is all but zero, its sign decides Adam's step: 135 M weights have some that differ."""
+RATE = {"full": 1e-5, "lora": 2e-4, "qlora": 2e-4}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -23,8 +25,8 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
     cells = [Cell(method, zero, dtype) for zero in range(4)]
     write_rows(tmp_path)
     monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, 2e-4)
-    runs = [plan_cell(tmp_path, cell, REAL, 64, 2e-4) for cell in cells]
+    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, RATE[method])
+    runs = [plan_cell(tmp_path, cell, REAL, 64, RATE[method]) for cell in cells]
     carry_out(tmp_path, 1, [{"plan": str(reference / "plan.json")}])
     shutil.rmtree(reference / "checkpoints")
     carry_out(tmp_path, 2, [{"plan": str(run / "plan.json")} for run in runs], timeout_s=1200)
