@@ -12,9 +12,9 @@ import pytest
 from support.many_runs import REAL, carry_out
 from support.matrix import Cell, check_consolidated, check_losses, check_resumed, plan_cell, resumable, write_rows
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Relative. Where a gradient is all but zero, its sign decides Adam's step: 135 M weights have some that differ."""
-RATE = {"full": 1e-5, "lora": 2e-4, "qlora": 2e-4}
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+RATE = {"full": 1e-6, "lora": 5e-5, "qlora": 5e-5}
+"""Low: where a gradient is all but zero its sign decides Adam's step, and a high rate amplifies every rounding."""
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -23,7 +23,8 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
     method: str, dtype: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = [Cell(method, zero, dtype) for zero in range(4)]
-    write_rows(tmp_path)
+    # As many rows as a step takes: every step sees the same ones, so that its loss can be compared with the first.
+    write_rows(tmp_path, num_rows=4)
     monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
     reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, RATE[method])
     runs = [plan_cell(tmp_path, cell, REAL, 64, RATE[method]) for cell in cells]
