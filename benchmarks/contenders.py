@@ -131,13 +131,7 @@ def _llamafactory(case: Case, folder: Path, shop: Workshop) -> Command:
         "packing": case.packing,
         "neat_packing": case.packing,
         "disable_shuffling": not case.packing,
-        "per_device_train_batch_size": case.micro_batch,
-        "gradient_accumulation_steps": case.accumulate,
-        "max_steps": case.steps,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        **_training_arguments(case),
         "bf16": True,
         "use_cpu": True,
         "disable_gradient_checkpointing": True,
@@ -170,13 +164,7 @@ def _trl(case: Case, folder: Path, shop: Workshop) -> Command:
         "max_length": case.max_length,
         "packing": case.packing,
         "train_sampling_strategy": "random" if case.packing else "sequential",
-        "per_device_train_batch_size": case.micro_batch,
-        "gradient_accumulation_steps": case.accumulate,
-        "max_steps": case.steps,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        **_training_arguments(case),
         "gradient_checkpointing": False,
         "seed": SEED,
         "logging_steps": 1,
@@ -186,3 +174,16 @@ def _trl(case: Case, folder: Path, shop: Workshop) -> Command:
     flags = tuple(part for name, value in options.items() for part in (f"--{name}", str(value)))
     argv = (str(shop.venvs / case.contender / "bin" / "trl"), "sft", *flags)
     return Command(argv, _peer_env(case, folder, shop), folder / "trace.jsonl")
+
+
+def _training_arguments(case: Case) -> dict[str, Any]:
+    """What both peers call by the names of transformers' TrainingArguments."""
+    return {
+        "per_device_train_batch_size": case.micro_batch,
+        "gradient_accumulation_steps": case.accumulate,
+        "max_steps": case.steps,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }

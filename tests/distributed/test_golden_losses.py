@@ -80,6 +80,8 @@ def test_losses_are_those_of_the_golden_file(
         lines = [f"# {line}" for line in head.splitlines()] + [f"{step} {loss:.6f}" for step, loss in got.items()]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if not path.is_file():
+        # Only a device for which nobody has written the file yet: the CPU's files are in the repository.
+        assert device != "cpu"
         pytest.xfail(f"{path.name} has not been written yet: --update-golden, on a machine with a {device} device")
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     for step, loss in rows:

@@ -1,5 +1,6 @@
 """Every method x ZeRO stage x dtype, with sequence parallelism and offload: trains, saves, resumes and consolidates.
 
+What must hold is asserted by the check_* functions of support.matrix, which `make matrix` uses too.
 The tiny Qwen2-shaped model; `make matrix` does the same with a real one. Rows are packed and unevenly supervised.
 """
 
