@@ -122,10 +122,8 @@ def cautions(combination: Combination) -> list[str]:
     found = []
     dtype = combination.dtype
     if dtype == "fp16" and combination.device == "cpu":
-        text = (
-            "model.dtype fp16 on a CPU: slower than bf16 (7 times where there are bf16 units), and some CPUs refuse it"
-        )
-        found.append(f"{text}; bf16 needs no loss scale either")
+        text = "model.dtype fp16 on a CPU: slower than bf16 (7 times where there are bf16 units)"
+        found.append(f"{text}, which needs no loss scale either")
     if combination.zero_stage == 0 and dtype == "bf16" and combination.accumulate > 1:
         text = f"ZeRO stage 0 adds up the gradients of {combination.accumulate} micro batches in bf16"
         found.append(f"{text}, where small ones are lost; parallel.zero: 1 adds them up in fp32")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .wide_products import widened
+
 BLOCK = 128
 KEY_STEP = 32
 """Spans of keys begin at a multiple of this: every new matrix shape costs the first call some milliseconds."""
@@ -79,8 +81,9 @@ class DocumentAttention(torch.autograd.Function):
         out_1THD = query_1HTD.new_empty(1, total, heads, size)
         lse_HT = torch.empty(heads, total, dtype=torch.promote_types(query_1HTD.dtype, torch.float32))
         start = 0
+        wide = [widened(t) for t in (query_1HTD, key_1KTD, value_1KTD)]
         for length in lengths:
-            q, k, v = (_rounded(t, start, length) for t in (query_1HTD, key_1KTD, value_1KTD))
+            q, k, v = (_rounded(t, start, length) for t in wide)
             out, lse = kernel(q, k, v, is_causal=True, scale=scaling)
             out_1THD.narrow(1, start, length).copy_(out[:, :, :length].transpose(1, 2))
             lse_HT.narrow(1, start, length).copy_(lse[0, :, :length])
@@ -91,8 +94,9 @@ class DocumentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_1HTD, key_1KTD, value_1KTD, out_1THD, lse_HT = ctx.saved_tensors
-        (grad_1HTD,) = grad_outputs
+        dtype = grad_outputs[0].dtype
+        *tensors, lse_HT = *ctx.saved_tensors[:4], *grad_outputs, ctx.saved_tensors[4]
+        query_1HTD, key_1KTD, value_1KTD, out_1THD, grad_1HTD = map(widened, tensors)
         scaling, kv_heads, (_, _, total, size) = ctx.scaling, key_1KTD.shape[1], query_1HTD.shape
         delta_HT = grad_1HTD[0].to(lse_HT.dtype, copy=True).mul_(out_1THD[0].transpose(0, 1)).sum(-1)
         # One more column on each side subtracts inside the product, before the sum is rounded to the tensor's dtype.
@@ -113,8 +117,8 @@ class DocumentAttention(torch.autograd.Function):
             p_KRS.mul_(torch.bmm(g_KRE, v_KSE.transpose(1, 2)))
             grad_q_NKRD[n] = _scaled_product(p_KRS, k_KSE[..., :size], scaling)
             grad_k_KTD[:, span].add_(torch.bmm(p_KRS.transpose(1, 2), q_KRE[..., :size]), alpha=scaling)
-        grad_k_1KTD, grad_v_1KTD = (g[None, :, :total].to(query_1HTD.dtype) for g in (grad_k_KTD, grad_v_KTD))
-        return _rows_of_blocks(grad_q_NKRD, total), grad_k_1KTD, grad_v_1KTD, None, None
+        grad_k_1KTD, grad_v_1KTD = (g[None, :, :total].to(dtype) for g in (grad_k_KTD, grad_v_KTD))
+        return _rows_of_blocks(grad_q_NKRD, total).to(dtype), grad_k_1KTD, grad_v_1KTD, None, None
 
 
 def _rounded(rows_1HTD: torch.Tensor, start: int, length: int) -> torch.Tensor:

@@ -73,12 +73,28 @@ def start_deepspeed(timeout: timedelta) -> None:
     import deepspeed
     from deepspeed.utils import groups
 
+    _load_muon_uncompiled()
     # On CPU DeepSpeed would compile a shared-memory collective at its first start (30 s, and a compiler); gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator: Any = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # It asks for 16-bit instructions, without which `wide_products` multiplies.
+        accelerator.is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     if groups._WORLD_GROUP is None:
         # The group on which ZeRO reduces and gathers: DeepSpeed would make it with torch's default limit.
         groups._WORLD_GROUP = dist.new_group(range(dist.get_world_size()), timeout=timeout)
+
+
+def _load_muon_uncompiled() -> None:
+    """DeepSpeed loads its Muon optimizer at every start, and with it torch's compiler: 1.5 s for what nobody asks for."""
+    from deepspeed.runtime import compiler
+
+    compile_function, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # for its side effect
+    finally:
+        compiler.compile = compile_function
 
 
 def build_engine(model: PackedLanguageModel, spec: TrainSpec) -> Any:

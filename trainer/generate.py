@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
+from . import wide_products
 from .spec import TrainError
 from .template import load_template
 
@@ -83,6 +84,7 @@ def load_for_generation(
     from transformers import AutoModelForCausalLM
 
     check_folders(model_dir, adapter_dir)
+    wide_products.install()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, trust_remote_code=trust_remote_code, device_map={"": device}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .wide_products import widened
+
 
 class _LoraProduct(torch.autograd.Function):
     """x W^T + b + scaling (dropped A^T) B^T. `quant_state` is bitsandbytes' for a 4-bit W, else None.
@@ -35,31 +37,35 @@ class _LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         x_MI = x.reshape(-1, x.shape[-1])
         dropped_MI = x_MI if dropped is None else dropped.reshape(-1, x.shape[-1])
-        out_MO = torch.nn.functional.linear(x_MI, _dense(weight, quant_state), bias_O)
-        low_MR = dropped_MI @ a_RI.t()
-        out_MO.addmm_(low_MR, b_OR.t(), alpha=scaling)
+        wide_MI = widened(x_MI)
+        out_MO = torch.nn.functional.linear(
+            wide_MI, widened(_dense(weight, quant_state)), None if bias_O is None else widened(bias_O)
+        )
+        low_MR = (wide_MI if dropped is None else widened(dropped_MI)) @ widened(a_RI).t()
+        out_MO.addmm_(low_MR, widened(b_OR).t(), alpha=scaling)
         ctx.save_for_backward(None if dropped is None else dropped_MI, x_MI, weight, a_RI, b_OR, low_MR)
         ctx.scaling, ctx.quant_state, ctx.shape = scaling, quant_state, x.shape
-        return out_MO.view(*x.shape[:-1], out_MO.shape[-1])
+        return out_MO.to(x.dtype).view(*x.shape[:-1], out_MO.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dropped_MI, x_MI, weight, a_RI, b_OR, low_MR = ctx.saved_tensors
         (grad,) = grad_outputs
-        grad_MO = grad.reshape(-1, grad.shape[-1])
+        dtype, a_RI, b_OR = grad.dtype, widened(a_RI), widened(b_OR)
+        grad_MO = widened(grad.reshape(-1, grad.shape[-1]))
         grad_low_MR = (grad_MO @ b_OR).mul_(ctx.scaling)
-        grad_a_RI = grad_low_MR.t() @ (x_MI if dropped_MI is None else dropped_MI)
+        grad_a_RI = grad_low_MR.t() @ widened(x_MI if dropped_MI is None else dropped_MI)
         # This way round: the wide matrix need not be transposed.
         grad_b_OR = (low_MR.t() @ grad_MO).mul_(ctx.scaling).t()
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_MO @ _dense(weight, ctx.quant_state)
+            grad_x = grad_MO @ widened(_dense(weight, ctx.quant_state))
             if dropped_MI is None:
                 grad_x.addmm_(grad_low_MR, a_RI)
-            grad_x = grad_x.view(ctx.shape)
+            grad_x = grad_x.to(dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low_MR @ a_RI).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_a_RI, grad_b_OR, None, None
+            grad_dropped = (grad_low_MR @ a_RI).to(dtype).view(ctx.shape)
+        return grad_x, grad_dropped, None, None, grad_a_RI.to(dtype), grad_b_OR.to(dtype), None, None
 
 
 def _dense(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:

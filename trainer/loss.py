@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .wide_products import widened
+
 IGNORE = -100
 CHUNK = 256
 CPU_ROWS = 16
@@ -37,10 +39,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        wide_VD = widened(weight_VD)
+        # One for all chunks: memory of this size would come new from the kernel, and be cleared, for each of them.
+        buffer_CV = wide_VD.new_empty(min(CHUNK, count + -count % CPU_ROUND), len(wide_VD))
         for start in range(0, count, CHUNK):
             size = min(CHUNK, count - start)
-            hidden_CD = _round_up(hidden_ND[start : start + size])
-            logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
+            hidden_CD = widened(_round_up(hidden_ND[start : start + size]))
+            logits_CV = torch.mm(hidden_CD, wide_VD.t(), out=buffer_CV[: len(hidden_CD)])
+            if bias_V is not None:
+                logits_CV += bias_V
             # Positions that only round the chunk up must add nothing to the gradient of the weight.
             logits_CV[size:].zero_()
             for loss, block_CV in _losses(logits_CV[:size], labels_N[start : start + size], logit_scale, softcap):
@@ -48,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_bias_V is not None:
                     grad_bias_V += block_CV.sum(0)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[start : start + size] = (logits_CV @ weight_VD)[:size]
+                grad_hidden_ND[start : start + size] = (logits_CV @ wide_VD)[:size]
             if grad_weight_VD is not None:
                 grad_weight_VD += (logits_CV.t() @ hidden_CD).float()
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)

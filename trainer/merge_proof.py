@@ -172,6 +172,9 @@ def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from . import wide_products
+
+    wide_products.install()
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     config: Any = _loaded(folder, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):

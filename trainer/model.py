@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, compiled, fused_layers, lora_linear
+from . import attention, compiled, cpu_dequantize, fused_layers, lora_linear, wide_products
 from .loss import supervised_loss_sum
 from .sharded_load import load_sharded
 from .spec import MethodSpec, ModelSpec, TrainError, TrainSpec
@@ -60,6 +60,7 @@ def load_model(spec: TrainSpec, model_dir: str, device: torch.device) -> PackedL
     Raises TrainError for a model family whose attention or head packed training does not cover.
     """
     attention.register()
+    wide_products.install()
     model, method, optim = spec.model, spec.method, spec.optim
     base = _load_base(spec, model_dir, device)
     _check_family(base)
@@ -84,7 +85,10 @@ def _load_base(spec: TrainSpec, model_dir: str, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[spec.model.dtype]
-    quantization = _nf4(dtype, spec.method.double_quant) if spec.method.name == "qlora" else None
+    quantization = None
+    if spec.method.name == "qlora":
+        cpu_dequantize.install()
+        quantization = _nf4(dtype, spec.method.double_quant)
     options = {"attn_implementation": attention.NAME, "trust_remote_code": spec.model.trust_remote_code}
     if spec.parallel.zero_stage == 3:
         base = load_sharded(model_dir, dtype, quantization, spec.deepspeed, device, **options)

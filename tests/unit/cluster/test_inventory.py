@@ -258,6 +258,9 @@ def test_cpu_processes_share_the_cores():
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "4",
         "GOMP_SPINCOUNT": "10000",
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
+        "MALLOC_TRIM_THRESHOLD_": "1099511627776",
     }
     with pytest.raises(ClusterError, match="--cpu 0"):
         cpu_selection(0, inventory)

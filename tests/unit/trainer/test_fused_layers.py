@@ -1,4 +1,4 @@
-"""Fused RMSNorm and rotary positions against those of transformers."""
+"""Fused RMSNorm, rotary positions and feed-forward layers against those of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from trainer import fused_layers
-from trainer.fused_layers import ROTARY, FusedNorm, fuse
+from trainer.fused_layers import ROTARY, FusedFeedForward, FusedNorm, fuse
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -101,8 +101,42 @@ def test_a_whole_model_gives_the_same_gradients() -> None:
         fuse(model)
     assert getattr(modeling_llama, ROTARY).__wrapped__ is not None
     assert sum(isinstance(m, FusedNorm) for m in model.modules()) == 5
+    assert sum(isinstance(m, FusedFeedForward) for m in model.modules()) == 2
     for name, wanted in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feed_forward_layer_gives_the_same_bits_and_keeps_a_tensor_less(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = modeling_llama.LlamaMLP(LlamaConfig(**SIZES)).to(dtype)
+    x, grad = torch.randn(2, 9, 32).to(dtype), torch.randn(2, 9, 32).to(dtype)
+    results, kept = [], []
+    for _ in range(2):
+        layer.zero_grad()
+        leaf, sizes = x.clone().requires_grad_(), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            out = layer(leaf)
+        out.backward(grad)
+        results.append([out.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+        kept.append(sum(sizes.values()))
+        fuse(layer)
+    assert isinstance(layer, FusedFeedForward)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    assert kept[0] - kept[1] == 2 * 9 * 48
+
+
+def test_a_feed_forward_layer_of_another_formula_is_left_alone() -> None:
+    class ClippedMLP(modeling_llama.LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.clamp(-0.5, 0.5))
+
+    gelu = modeling_llama.LlamaMLP(LlamaConfig(**SIZES, hidden_act="gelu"))
+    for layer in (ClippedMLP(LlamaConfig(**SIZES)), gelu):
+        fuse(layer)
+        assert not isinstance(layer, FusedFeedForward)
 
 
 def test_a_norm_of_another_formula_is_left_alone() -> None:
