@@ -172,6 +172,8 @@ def _spec(
             packing=recipe.data.packing,
             too_long=recipe.data.too_long,
             max_rows=recipe.data.max_rows,
+            held_out=recipe.data.held_out,
+            held_out_files=tuple(DataFile(f.path, f.format) for f in recipe.data.held_out_files),
             cache_dir=str(options.cache_dir),
         ),
         optim=_optim(recipe, layout, selection.kind, options.debug),
@@ -227,7 +229,7 @@ def _optim(recipe: Recipe, layout: Layout, device: str, debug: bool) -> OptimSpe
 
 
 def _evaluate(recipe: Recipe) -> EvaluateSpec:
-    evaluate = recipe.evaluate
+    evaluate, every = recipe.evaluate, recipe.evaluate.loss_every_steps
     return EvaluateSpec(
         prompts=tuple(
             PromptSpec(p.user, p.system, tuple(p.contains), p.regex or "", p.language or "") for p in evaluate.prompts
@@ -235,6 +237,7 @@ def _evaluate(recipe: Recipe) -> EvaluateSpec:
         max_new_tokens=evaluate.max_new_tokens,
         samples_every_steps=evaluate.samples_every_steps,
         num_samples=evaluate.num_samples,
+        loss_every_steps=recipe.checkpoint.every_steps if every is None else every,
         strict=evaluate.strict,
     )
 
@@ -255,4 +258,14 @@ def _step_reasons(spec: TrainSpec) -> list[Reason]:
     else:
         steps = f"ceil({optim.epochs:g} epochs x packed rows / global batch); `prepare` counts the rows"
     checkpointing = "recomputed in the backward pass" if optim.gradient_checkpointing else "kept"
-    return [Reason("steps", steps), Reason("activations", checkpointing)]
+    reasons = [Reason("steps", steps), Reason("activations", checkpointing)]
+    return [*reasons, *_held_out_reasons(spec)]
+
+
+def _held_out_reasons(spec: TrainSpec) -> list[Reason]:
+    data, every = spec.data, spec.evaluate.loss_every_steps
+    if not (data.held_out or data.held_out_files):
+        return []
+    what = f"{data.held_out:.3g} of the rows" if data.held_out else ", ".join(f.path for f in data.held_out_files)
+    when = f"every {every} steps, " if every else ""
+    return [Reason("held out", f"{what}; their loss is taken {when}before the first step and after the last")]

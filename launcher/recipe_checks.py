@@ -16,6 +16,7 @@ def check_contradictions(tree: Node, found: Findings) -> None:
         check(tree, found)
     _check_prompts(tree, found)
     _check_samples(tree, found)
+    _check_held_out(tree, found)
 
 
 def _given(tree: Node, path: str, found: Findings) -> Node | None:
@@ -134,3 +135,22 @@ def _check_samples(tree: Node, found: Findings) -> None:
     if count and not (every and every.value) and not found.is_bad("evaluate.samples_every_steps"):
         message = "evaluate.num_samples has no effect: evaluate.samples_every_steps is 0"
         found.add(count.key_at, message, "Add samples_every_steps: 50, or remove the line.")
+
+
+def _check_held_out(tree: Node, found: Findings) -> None:
+    share, files = (_given(tree, f"data.{k}", found) for k in ("held_out", "held_out_files"))
+    every = _given(tree, "evaluate.loss_every_steps", found)
+    if share and share.value and files and files.value:
+        message = f"data.held_out_files contradicts data.held_out ({share.key_at}): rows are held out in one way"
+        found.add(files.key_at, message, "Remove one of the two.")
+    holds_out = any(found.is_bad(f"data.{k}") for k in ("held_out", "held_out_files"))
+    if every and not (holds_out or (share and share.value) or (files and files.value)):
+        message = "evaluate.loss_every_steps has no effect: no rows are held out"
+        found.add(every.key_at, message, "Add under data: held_out: 0.05 (a share of the rows); or remove the line.")
+    trained = _given(tree, "data.files", found)
+    own = {item.value["path"].value: item for item in (trained.value if trained else ()) if "path" in item.value}
+    for item in files.value if files else ():
+        path = item.value.get("path")
+        if path and path.value in own:
+            message = f"{path.text} is trained on too ({own[path.value].at}): its loss would say nothing about new rows"
+            found.add(path.at, message, "Hold out another file, or a share: held_out: 0.05")

@@ -124,6 +124,8 @@ def _displaced(over: Node) -> Iterator[tuple[str, str]]:
     """(path set by `over`, path that it replaces in earlier layers)."""
     yield "train.epochs", "train.max_steps"
     yield "train.max_steps", "train.epochs"
+    yield "data.held_out", "data.held_out_files"
+    yield "data.held_out_files", "data.held_out"
     yield "model.source", "model.revision"
     method = get(over, "method.name")
     if method is not None and isinstance(method.value, str):

@@ -156,6 +156,7 @@ def _schema_text() -> str:
 def _references(source: Path) -> Iterator[Node]:
     """Scalars of a recipe that may name something on disk."""
     from .recipe_layers import Findings, get, shape  # here: it costs pydantic
+    from .recipe_paths import data_file_paths
 
     node, _ = parse_file(source)
     if node is None:
@@ -163,13 +164,7 @@ def _references(source: Path) -> Iterator[Node]:
     if "extends" in node.value:
         yield node.value["extends"]
     tree = shape(node, "", Findings()) or node
-    files = get(tree, "data.files")
-    paths = [
-        "model.source",
-        "data.template",
-        *(f"data.files.{i}.path" for i in range(len(files.value if files else ()))),
-    ]
-    for path in paths:
+    for path in ("model.source", "data.template", *data_file_paths(tree)):
         found = get(tree, path)
         if found is not None and isinstance(found.value, str):
             yield found

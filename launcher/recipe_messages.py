@@ -133,7 +133,8 @@ def wrong_value(path: str, node: Node) -> tuple[str, str]:
         return f"{readable(path)}: {describe(node)}; expected {field.item}", fix
     if field.section:
         return f"{readable(path)}: the list is empty", "Write at least one item."
-    if type(node.value).__name__ in field.kinds and node.text:
+    is_number = type(node.value) is int and "float" in field.kinds
+    if (type(node.value).__name__ in field.kinds or is_number) and node.text:
         return f"{readable(path)}: {node.text}; expected {field.allowed}", _fix(field, node, item=False)
     return f"{readable(path)}: {describe(node)}; expected {field.allowed}", _fix(field, node, item=False)
 

@@ -25,13 +25,18 @@ def resolve_paths(tree: Node, found: Findings) -> Node:
         node = get(tree, path)
         if node is not None and isinstance(node.value, str) and node.value:
             tree = _replaced(tree, path.split("."), resolve(node, found))
-    files = get(tree, "data.files")
-    for i in range(len(files.value) if files is not None and isinstance(files.value, list) else 0):
-        path = f"data.files.{i}.path"
+    for path in data_file_paths(tree):
         node = get(tree, path)
         if node is not None and isinstance(node.value, str) and node.value:
             tree = _replaced(tree, path.split("."), _resolve_file(node, found, "data file"))
     return tree
+
+
+def data_file_paths(tree: Node) -> list[str]:
+    """Dotted paths of the path of every data file, held-out ones too."""
+    lists = [(name, get(tree, name)) for name in ("data.files", "data.held_out_files")]
+    counts = [(name, len(node.value) if node and isinstance(node.value, list) else 0) for name, node in lists]
+    return [f"{name}.{i}.path" for name, count in counts for i in range(count)]
 
 
 def _replaced(tree: Node, parts: list[str], value: str) -> Node:

@@ -76,6 +76,10 @@ class Data(Section):
     """What to do with a document over max_length: leave it out, or cut its end. Both are counted."""
     max_rows: int = Field(default=0, ge=0)
     """Read only the first N rows; 0 reads all."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the rows that is not trained on, and whose loss is taken while training goes on; equal rows stay together."""
+    held_out_files: list[DataFile] = []
+    """Files whose rows are not trained on, in place of a share."""
 
 
 class Train(Section):
@@ -157,6 +161,8 @@ class Evaluate(Section):
     """Write answers to the first prompts into the run folder every N optimizer steps; 0 never does."""
     num_samples: Positive = 2
     """How many prompts are sampled during training."""
+    loss_every_steps: int | None = Field(default=None, ge=0)
+    """Take the loss of the held-out rows every N optimizer steps, and before the first and after the last; 0: only there. Default: checkpoint.every_steps."""
     strict: bool = False
     """Exit with an error when an expectation is not met by the tuned model."""
 
@@ -188,6 +194,6 @@ class Recipe(Section):
 # Short forms: section -> the key that a bare scalar or list stands for.
 SHORT_FORMS: dict[str, str] = {"model": "source", "method": "name", "data": "files", "evaluate": "prompts"}
 # Lists whose items may be bare scalars: dotted path -> the key that a scalar item stands for.
-ITEM_SHORT_FORMS: dict[str, str] = {"data.files": "path", "evaluate.prompts": "user"}
+ITEM_SHORT_FORMS: dict[str, str] = {"data.files": "path", "data.held_out_files": "path", "evaluate.prompts": "user"}
 # Keys that may be written as null, meaning "not set"; null anywhere else is an error, because it is not "default".
 NULLABLE = frozenset({"data.system", "evaluate.prompts.*.system"})

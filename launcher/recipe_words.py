@@ -25,6 +25,8 @@ _KEYS = {
     "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len model_max_length block_size seq_len max_tokens",
     "data.packing": "pack_to_max_length sample_packing neat_packing pack group_by_length",
     "data.max_rows": "max_samples num_samples_per_dataset max_train_samples",
+    "data.held_out": "val_size validation_split eval_split test_size val_set_size split_dataset_ratio",
+    "data.held_out_files": "eval_dataset val_dataset validation_files eval_files test_datasets val_files",
     "train.epochs": "num_train_epochs max_epochs num_epochs epoch",
     "train.max_steps": "max_iters num_steps steps train_steps max_iter",
     "train.micro_batch": (
@@ -46,7 +48,8 @@ _KEYS = {
     "checkpoint.every_steps": "save_steps save_interval checkpoint_interval",
     "checkpoint.keep": "save_total_limit max_keep_ckpts keep_checkpoint_max",
     "evaluate.prompts": "evaluation_inputs eval_prompts questions",
-    "evaluate.samples_every_steps": "evaluation_freq eval_steps generate_every",
+    "evaluate.samples_every_steps": "evaluation_freq generate_every",
+    "evaluate.loss_every_steps": "eval_steps eval_interval val_interval",
     "evaluate.max_new_tokens": "max_new_token max_generated_tokens",
     "run.dir": "output_dir work_dir save_dir output",
     "run.name": "run_name experiment_name exp_name",
@@ -66,6 +69,8 @@ EXAMPLES: dict[str, str] = {
     "bf16": "Write `dtype: bf16` under model (it is the default).",
     "fp16": "Write `dtype: fp16` under model.",
     "deepspeed": "Write the ZeRO stage, `zero: 2` or `zero: 3`; its JSON file is made for you.",
+    "val_size": "Write the share of the rows under data: `held_out: 0.05`.",
+    "eval_dataset": "Write the file itself under data: `held_out_files: [test.jsonl]`.",
     "warmup_steps": "Write the share of all steps: `warmup_ratio: 0.03`.",
     "adam_beta1": "Write both: `betas: [0.9, 0.999]`.",
     "adam_beta2": "Write both: `betas: [0.9, 0.999]`.",
@@ -78,11 +83,9 @@ EXAMPLES: dict[str, str] = {
 
 # Their key -> why a recipe has none.
 NO_SUCH_KEY: dict[str, str] = {
-    "val_size": "Nothing is held out. Delete it, and ask questions with expectations under evaluate.prompts.",
-    "eval_dataset": "Ask questions with expectations under evaluate.prompts.",
     "stage": "Delete it: rows with answers train a chat model, rows with `text` continue pre-training.",
     "do_train": "Delete it: training is what a recipe does.",
-    "do_eval": "Delete it: evaluate.prompts are asked at the end.",
+    "do_eval": "Delete it: evaluate.prompts are asked at the end, and data.held_out names rows whose loss is taken.",
     "flash_attn": "Delete it: the fastest attention that the device has is chosen.",
     "flash_attention": "Delete it: the fastest attention that the device has is chosen.",
     "attn_implementation": "Delete it: the fastest attention that the device has is chosen.",

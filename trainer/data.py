@@ -8,6 +8,7 @@ One entry is a folder, and is not changed once it exists:
   document_sources.npy   int64 (D, 2)  index of the data file in index.json, and line
   row_offsets.npy        int64 (R + 1,) row r holds row_documents[offsets[r] : offsets[r + 1]]
   row_documents.npy      int64 (D,)
+The first `num_rows` rows (index.json) are trained on; the ones behind them are held out.
   index.json             what the entry is, and size and sha256 of its files; written last
 
 Shapes: N tokens, D documents, R rows, T tokens of one batch.
@@ -31,7 +32,7 @@ from .spec import OptimSpec, TrainError
 if TYPE_CHECKING:
     import torch
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of the cache key: raise it whenever the same settings would give other tokens or another layout."""
 INDEX = "index.json"
 MAX_HASHED_BYTES = 64 * 2**20
@@ -54,10 +55,14 @@ class TokenWriter:
         self._supervised = (folder / "supervised.bin").open("wb")
         self.lengths: list[int] = []
         self.labels: list[int] = []
+        self.digests: list[bytes] = []
+        """What the tokens of a document are, in 8 bytes."""
         self._sources: list[tuple[int, int]] = []
 
     def add(self, input_ids: Sequence[int], supervised: Sequence[bool], file_index: int, line: int) -> None:
-        self._tokens.write(np.asarray(input_ids, dtype="<u4").tobytes())
+        tokens = np.asarray(input_ids, dtype="<u4").tobytes()
+        self._tokens.write(tokens)
+        self.digests.append(hashlib.blake2b(tokens, digest_size=8).digest())
         self._supervised.write(bytes(supervised))
         self.lengths.append(len(input_ids))
         self.labels.append(sum(supervised[1:]))
@@ -137,9 +142,9 @@ class TokenData:
         self._row_documents = _load(data_dir, "row_documents")
         lengths, labels = np.diff(self._offsets), _load(data_dir, "document_labels")
         self.supervised_per_row: np.ndarray = np.add.reduceat(labels[self._row_documents], self._row_offsets[:-1])
-        """int64 (R,): labels of each row, which are what the loss is summed over."""
+        """int64 (R,): labels of each row, held-out ones too, which are what the loss is summed over."""
         self.tokens_per_row: np.ndarray = np.add.reduceat(lengths[self._row_documents], self._row_offsets[:-1])
-        """int64 (R,): tokens of each row, without padding."""
+        """int64 (R,): tokens of each row, held-out ones too, without padding."""
 
     @classmethod
     def open(cls, data_dir: str | Path) -> TokenData:
@@ -157,7 +162,13 @@ class TokenData:
 
     @property
     def num_rows(self) -> int:
-        return len(self._row_offsets) - 1
+        """Rows to train on."""
+        return self.index["num_rows"]
+
+    @property
+    def held_out_rows(self) -> range:
+        """Numbers of the rows that are not trained on."""
+        return range(self.num_rows, len(self._row_offsets) - 1)
 
     def documents(self, row: int) -> np.ndarray:
         """Document numbers of a row, int64; of row -1, none."""

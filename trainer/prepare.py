@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from .model_folder import read_config
 from .model_source import materialise, tokenizer_files
 from .pack import pack_documents
 from .rows import Row, read_head, read_rows
-from .spec import DataSpec, Prepared, TrainError, TrainSpec, read_plan
+from .spec import DataFile, DataSpec, Prepared, TrainError, TrainSpec, read_plan
 
 if TYPE_CHECKING:
     from .template import ChatTemplate, Document
@@ -54,6 +55,11 @@ class Counts:
     """Documents without a token to learn (after truncation), left out."""
     rewritten: int = 0
     """Documents in which the template rewrites earlier answers, so that these are not supervised."""
+    held_out: int = 0
+    """Documents that are not trained on; `documents`, `tokens` and `supervised_tokens` are without them."""
+    held_out_supervised_tokens: int = 0
+    held_out_but_seen: int = 0
+    """Of `held_out`, those whose very tokens are trained on as well (data.held_out_files)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
         num_rows=index["num_rows"],
         num_tokens=counts.tokens,
         num_supervised_tokens=counts.supervised_tokens,
+        num_held_out_rows=index["num_held_out_rows"],
     )
     write_json(Path(spec.paths.prepared), prepared.to_dict())
     seconds = round(time.monotonic() - started, 2)
@@ -113,6 +120,15 @@ def summary(counts: Counts, num_rows: int, data: DataSpec) -> list[str]:
     if counts.unsupervised:
         lines.append(
             f"data: {counts.unsupervised:,} rows left out: no token to learn (an empty answer, or all of it cut off)"
+        )
+    if counts.held_out:
+        lines.append(
+            f"data: {counts.held_out:,} documents held out ({counts.held_out_supervised_tokens:,} supervised tokens)"
+        )
+    if counts.held_out_but_seen:
+        lines.append(
+            f"data: WARNING: {counts.held_out_but_seen:,} of the held-out documents are among the training rows too, "
+            "so their loss says nothing about new ones"
         )
     if counts.rewritten:
         lines.append(
@@ -153,9 +169,11 @@ def cache_key(data: DataSpec, model_dir: Path) -> str:
         data.packing,
         data.too_long,
         data.max_rows,
+        data.held_out,
+        len(data.held_out_files),
     ]
     digest = hashlib.sha256(json.dumps(settings, ensure_ascii=False).encode())
-    for file in data.files:
+    for file in (*data.files, *data.held_out_files):
         read_head(Path(file.path))
         digest.update(f"\0{file.format}\0".encode() + _file_digest(Path(file.path)))
     for path in tokenizer_files(model_dir):
@@ -175,11 +193,62 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
     writer, counts = TokenWriter(folder), Counts()
     vocabulary = _vocabulary_size(model_dir)
-    paths = [f.path for f in data.files]
-    for rows in _chunks(read_rows(data.files, data.max_rows)):
+    _encode(data.files, data.max_rows, template, data, vocabulary, writer, counts)
+    num_own, held_out_counts = len(writer.lengths), Counts()
+    if data.held_out_files:
+        _encode(data.held_out_files, 0, template, data, vocabulary, writer, held_out_counts)
+    digests = np.frombuffer(b"".join(writer.digests), ">u8")
+    is_held_out = np.arange(len(digests)) >= num_own
+    if data.held_out and num_own:
+        is_held_out = held_out_documents(digests, data.held_out)
+    _count(counts, writer, digests, is_held_out)
+    if counts.documents == 0:
+        raise _nothing_to_learn(counts, data, "the")
+    if counts.held_out == 0 and data.held_out_files:
+        raise _nothing_to_learn(held_out_counts, data, "data.held_out_files'")
+    if counts.held_out == 0 and data.held_out:
+        raise TrainError(
+            f"data.held_out {data.held_out:g}: nothing can be held out, since all {counts.documents} documents are equal",
+            "Remove data.held_out, or give rows that differ.",
+        )
+    lengths = np.asarray(writer.lengths, np.int64)
+    parts = [
+        (which, *pack_documents(lengths[which], data.max_length, data.packing))
+        for which in (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))
+    ]
+    (_, offsets, _), (_, held_out_offsets, _) = parts
+    tokenizer = template.tokenizer
+    pads = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    index: dict[str, Any] = {
+        "packing": data.packing,
+        "max_length": data.max_length,
+        "num_rows": len(offsets) - 1,
+        "num_held_out_rows": len(held_out_offsets) - 1,
+        "pad_token_id": next(pads),
+        "data_files": [f.path for f in (*data.files, *data.held_out_files)],
+        "counts": dataclasses.asdict(counts),
+    }
+    row_offsets = np.concatenate((offsets, offsets[-1] + held_out_offsets[1:]))
+    writer.finish(row_offsets, np.concatenate([which[documents] for which, _, documents in parts]), index)
+
+
+def _encode(
+    files: tuple[DataFile, ...],
+    max_rows: int,
+    template: ChatTemplate,
+    data: DataSpec,
+    vocabulary: int,
+    writer: TokenWriter,
+    counts: Counts,
+) -> None:
+    """Rows of `files` -> tokens in `writer`. Raises TrainError for a row that cannot be read or encoded."""
+    numbers = {f.path: i for i, f in enumerate((*data.files, *data.held_out_files))}
+    checked = False
+    for rows in _chunks(read_rows(files, max_rows)):
         documents = template.encode_rows(rows, data.system)
-        if counts.rows == 0:
+        if not checked:
             _check_identity(template, rows, documents, data.system)
+            checked = True
         for row, document in zip(rows, documents, strict=True):
             counts.rows += 1
             kept = _fit(document, data, counts)
@@ -190,26 +259,26 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
                     f"{row.source}: token {max(kept.input_ids)} is beyond the model's {vocabulary} embeddings",
                     "The tokenizer does not belong to this model: give a model folder with its own tokenizer.",
                 )
-            writer.add(kept.input_ids, kept.supervised, paths.index(row.path), row.line)
-    counts.documents, counts.tokens, counts.supervised_tokens = (
-        len(writer.lengths),
-        sum(writer.lengths),
-        sum(writer.labels),
-    )
-    if counts.documents == 0:
-        raise _nothing_to_learn(counts, data)
-    row_offsets, row_documents = pack_documents(np.asarray(writer.lengths, np.int64), data.max_length, data.packing)
-    tokenizer = template.tokenizer
-    pads = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    index: dict[str, Any] = {
-        "packing": data.packing,
-        "max_length": data.max_length,
-        "num_rows": len(row_offsets) - 1,
-        "pad_token_id": next(pads),
-        "data_files": paths,
-        "counts": dataclasses.asdict(counts),
-    }
-    writer.finish(row_offsets, row_documents, index)
+            writer.add(kept.input_ids, kept.supervised, numbers[row.path], row.line)
+
+
+def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:
+    """bool (D,): which documents are held out, given digests (D,): at least `share`, and no more than equal ones force.
+
+    Those whose digests come first: the choice depends on what a document says, not on where it stands, and equal
+    documents are never on both sides. One kind of document is always left to train on, so of equal ones none is held out.
+    """
+    _, kind, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    last = np.searchsorted(np.cumsum(sizes), math.ceil(round(share * len(digests), 6)))
+    return kind <= min(last, len(sizes) - 2)
+
+
+def _count(counts: Counts, writer: TokenWriter, digests: np.ndarray, is_held_out: np.ndarray) -> None:
+    lengths, labels = (np.asarray(values, np.int64) for values in (writer.lengths, writer.labels))
+    counts.documents, counts.held_out = int((~is_held_out).sum()), int(is_held_out.sum())
+    counts.tokens, counts.supervised_tokens = int(lengths[~is_held_out].sum()), int(labels[~is_held_out].sum())
+    counts.held_out_supervised_tokens = int(labels[is_held_out].sum())
+    counts.held_out_but_seen = int(np.isin(digests[is_held_out], digests[~is_held_out]).sum())
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -247,9 +316,9 @@ def _fit(document: Document, data: DataSpec, counts: Counts) -> Document | None:
     return document
 
 
-def _nothing_to_learn(counts: Counts, data: DataSpec) -> TrainError:
+def _nothing_to_learn(counts: Counts, data: DataSpec, whose: str) -> TrainError:
     return TrainError(
-        f"none of the {counts.rows} rows has a token to learn: {counts.dropped} are longer than max_length = "
+        f"none of {whose} {counts.rows} rows has a token to learn: {counts.dropped} are longer than max_length = "
         f"{data.max_length} (too_long: drop), {counts.unsupervised} have no supervised token within max_length",
         "Raise data.max_length, shorten system prompt and questions, or give rows with answers.",
     )

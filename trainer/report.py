@@ -49,6 +49,7 @@ def build_report(
         "merge": None,
         "merge_facts": [],
         "curve": [],
+        "held_out": [],
         "facts": [],
         "versions": versions(),
         "reproduce": "",
@@ -57,14 +58,19 @@ def build_report(
     if run is not None:
         plan, spec, prepared = run
         curve, attempts = last_row_of_each_step(read_lines(spec.paths.metrics))
-        spikes = [row for row in read_lines(spec.paths.events) if row["event"] == "loss_spike"]
+        events = read_lines(spec.paths.events)
+        spikes, held_out = (
+            last_row_of_each_step([row for row in events if row["event"] == name])[0]
+            for name in ("loss_spike", "held_out_loss")
+        )
         merge_report = Path(spec.paths.merged_dir, "merge_report.json")
         report |= {
             "title": spec.recipe_name,
             "run_id": spec.run_id,
-            "training": training_summary(curve, attempts, last_row_of_each_step(spikes)[0]),
+            "training": training_summary(curve, attempts, spikes),
             "merge": read_json(merge_report) if merge_report.is_file() else None,
             "curve": curve,
+            "held_out": held_out,
             "reproduce": _command_line(plan.get("command", "")),
             "plan": plan,
             "data": dataclasses.asdict(prepared),
@@ -217,7 +223,9 @@ def _run_facts(
         ["Global batch", batch],
         ["Learning rate", f"{optim.learning_rate:g}, {optim.schedule}, warm-up {optim.warmup_ratio:.0%}"],
     ]
-    return facts if report["training"] is None else facts + _training_facts(report["training"])
+    if report["training"] is None:
+        return facts
+    return facts + _training_facts(report["training"]) + _held_out_facts(report["held_out"])
 
 
 def _training_facts(training: dict[str, Any]) -> list[list[str]]:
@@ -238,6 +246,18 @@ def _training_facts(training: dict[str, Any]) -> list[list[str]]:
     facts += [["Loss spike", _spike(spike)] for spike in spikes[:SHOWN_SPIKES]]
     left = len(spikes) - SHOWN_SPIKES
     return [*facts, ["Loss spikes", f"{left} more: see events.jsonl"]] if left > 0 else facts
+
+
+def _held_out_facts(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """`rows`: the events `held_out_loss`, one a step."""
+    known = [row for row in rows if row["loss"] is not None]
+    if not known:
+        return []
+    best = min(known, key=lambda row: row["loss"])
+    text = f"{known[0]['loss']:.4f} → {known[-1]['loss']:.4f} (step {known[0]['step']:,} → {known[-1]['step']:,})"
+    if best is not known[-1]:
+        text += f"; lowest {best['loss']:.4f} at step {best['step']:,}"
+    return [["Held-out loss", f"{text}, over {known[-1]['supervised_tokens']:,} supervised tokens"]]
 
 
 def _spike(spike: dict[str, Any]) -> str:

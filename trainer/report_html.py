@@ -84,7 +84,7 @@ def html_page(report: dict[str, Any]) -> str:
         f'<p class="sub">{esc(" · ".join(t for t in (report["run_id"], report["created"]) if t))}</p>',
         _tiles(report),
         _section("Before and after", _answers(report["evaluation"])),
-        _section("Training", _charts(report["curve"])) if report["curve"] else "",
+        _section("Training", _charts(report["curve"], report["held_out"])) if report["curve"] else "",
         _section("Key facts", _facts(report["facts"])),
         _section("Merge check", _facts(report["merge_facts"])) if report["merge_facts"] else "",
         _section("Use the model", "".join(f"<h3>{esc(r['name'])}</h3>{_pre(r['command'])}" for r in report["use"])),
@@ -189,11 +189,15 @@ def _reproduce(report: dict[str, Any]) -> str:
     return f"{command}<h3>Versions</h3>{_facts(list(report['versions'].items()))}"
 
 
-def _charts(curve: list[dict[str, Any]]) -> str:
+def _charts(curve: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> str:
     again = [row["step"] for before, row in itertools.pairwise(curve) if row.get("attempt") != before.get("attempt")]
     loss = _points(curve, "loss")
     rate = _points(curve, "learning_rate")
     charts = [line_chart(loss, 300, "loss", again, smooth=True)] if loss else []
+    held_out_loss = _points(held_out, "loss")
+    if held_out_loss:
+        seen = [step for step in again if step <= held_out_loss[-1][0]]
+        charts.append(line_chart(held_out_loss, 200, "loss of the held-out rows", seen))
     charts += [line_chart(rate, 150, "learning rate", again)] if rate else []
     explanation = "Dashed line: the run was continued from a checkpoint." if again else ""
     if len(loss) >= SMOOTH_FROM:

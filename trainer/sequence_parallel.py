@@ -8,7 +8,7 @@ Shapes: T row length, S = T / sp slice of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import attention
-from .data import Batch
+from .data import Batch, TokenData
 from .spec import TrainError
 
 NAME = "packed_ulysses"
@@ -38,6 +38,15 @@ def slice_of(row: Batch, sp_rank: int, sp: int) -> Batch:
     own = slice(sp_rank * length // sp, (sp_rank + 1) * length // sp)
     tensors = (t[:, own] for t in (row.input_ids_1T, row.labels_1T, row.position_ids_1T))
     return Batch(*tensors, document_lengths=row.document_lengths)
+
+
+def rank_batch(data: TokenData, rows: Sequence[int], sp_rank: int, sp: int, device: torch.device) -> Batch:
+    """What rank `sp_rank` of `sp` computes of these rows, on its device. Row -1 is empty."""
+    batch = slice_of(data.batch(rows, padded_length(data.row_length(rows), sp)), sp_rank, sp)
+    if device.type == "cpu":
+        return batch
+    tensors = (batch.input_ids_1T, batch.labels_1T, batch.position_ids_1T)
+    return Batch(*(t.to(device, non_blocking=True) for t in tensors), document_lengths=batch.document_lengths)
 
 
 def share_rows(base: Any, sp: int, timeout: timedelta) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SPEC_VERSION = 2
+SPEC_VERSION = 3
 
 EXIT_OK = 0
 EXIT_USER = 2
@@ -91,6 +91,10 @@ class DataSpec:
     """drop | truncate: what happens to a document of more than `max_length` tokens."""
     max_rows: int
     """Rows read over all files; 0 means all."""
+    held_out: float
+    """Share of the documents that are not trained on; 0 means none."""
+    held_out_files: tuple[DataFile, ...]
+    """Files whose rows are not trained on, in place of a share."""
     cache_dir: str
     """Absolute folder of the token cache."""
 
@@ -165,6 +169,8 @@ class EvaluateSpec:
     samples_every_steps: int
     """Answers to the first prompts are written every N optimizer steps; 0 means never."""
     num_samples: int
+    loss_every_steps: int
+    """The loss of held-out rows is taken every N optimizer steps, and before the first and after the last; 0: only there."""
     strict: bool
 
 
@@ -242,6 +248,8 @@ class Prepared:
     """Packed rows (or documents, when packing is off)."""
     num_tokens: int
     num_supervised_tokens: int
+    num_held_out_rows: int
+    """Rows that are not trained on; all the numbers above are without them."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

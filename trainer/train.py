@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,13 +22,14 @@ from .clock import Clock
 from .data import Batch, TokenData, num_steps, step_rows
 from .debug_view import check_losses, first_batch_page
 from .engine import Ranks, build_engine, clip_whole_gradient, init_ranks, loss_scaler_state, set_learning_rate
+from .held_out import HeldOut
 from .loss_watch import LossWatch, not_finite, require_finite_weights, rows_of_step, what_is_not_finite
 from .metrics import peak_memory_gb
 from .model import load_model
 from .profiler import StepProfiler
 from .progress import Progress, Step
 from .sampling import Sampler
-from .sequence_parallel import padded_length, slice_of
+from .sequence_parallel import rank_batch
 from .spec import EXIT_INTERRUPTED, OptimSpec, Prepared, TrainSpec, read_plan
 from .template import ChatTemplate, load_template
 from .train_log import Log
@@ -43,12 +45,19 @@ def run(args: argparse.Namespace) -> None:
     """Train to the end, or to a stop request (SystemExit 130 after a checkpoint). Collective: every rank must call."""
     spec = read_plan(args.plan)
     print(f"plan {spec.digest()} run {spec.run_id}", flush=True)
+    if spec.method.name != "qlora":
+        hide_bitsandbytes()
     prepared = Prepared.read(spec.paths.prepared)
     ranks = init_ranks(spec)
     stopped = train(spec, prepared, ranks, args.attempt)
     dist.destroy_process_group()
     if stopped:
         raise SystemExit(EXIT_INTERRUPTED)
+
+
+def hide_bitsandbytes() -> None:
+    """Let peft and transformers find no bitsandbytes in this process: importing it brings torch's compiler, 2 s on two cores."""
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # None is how Python marks what cannot be imported
 
 
 def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bool:
@@ -68,6 +77,9 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     log.started(progress, folder, skipped, model)
     sampler = Sampler(spec, prepared, ranks)
     sampler.answer(engine.module, progress.step)
+    held_out = HeldOut(spec, ranks, data, total_steps)
+    if held_out.is_due(progress.step):
+        log.held_out(progress.step, held_out.loss(engine))
     if spec.debug:
         print(first_batch_page(_template(spec, prepared), first_batch(spec, data, ranks)), flush=True)
     watch, profiler = LossWatch(spec, ranks, data), StepProfiler(spec, ranks, progress.step + 1, total_steps)
@@ -90,6 +102,8 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
             began = time.perf_counter()
             require_finite_weights(engine, progress.step, spec, ranks)
             log.saved(checkpoint.save(engine, spec, ranks, progress.state()), time.perf_counter() - began)
+        if held_out.is_due(progress.step) and not (stopping and not done):
+            log.held_out(progress.step, held_out.loss(engine))
         if stopping and not done:
             log.stopped(progress)
             return True
@@ -125,8 +139,7 @@ def train_step(
     micro_losses: list[torch.Tensor] = []
     with Clock(ranks.device) as clock:
         for micro_rows in rows_of_dp[ranks.dp_rank]:
-            row = data.batch(micro_rows, padded_length(data.row_length(micro_rows), sp))
-            batch = _to_device(slice_of(row, ranks.sp_rank, sp), ranks.device)
+            batch = rank_batch(data, micro_rows, ranks.sp_rank, sp, ranks.device)
             clock.lap("data")
             micro_loss = engine(batch.input_ids_1T, batch.labels_1T, batch.position_ids_1T, batch.document_lengths)
             clock.lap("forward")
@@ -179,14 +192,3 @@ def learning_rate(step: int, total_steps: int, optim: OptimSpec) -> float:
 
 def _template(spec: TrainSpec, prepared: Prepared) -> ChatTemplate:
     return load_template(prepared.model_dir, spec.data.template, spec.model.trust_remote_code)
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    return Batch(
-        batch.input_ids_1T.to(device, non_blocking=True),
-        batch.labels_1T.to(device, non_blocking=True),
-        batch.position_ids_1T.to(device, non_blocking=True),
-        batch.document_lengths,
-    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 from .engine import Ranks, full_shape
+from .held_out import HeldOutLoss
 from .metrics import append_line, event, peak_memory_gb
 from .model import PackedLanguageModel
 from .progress import Progress, Step
@@ -101,6 +103,18 @@ class Log:
                 f"{', '.join(rows[:SHOWN_ROWS])}{f' and {more} more (events.jsonl)' if more > 0 else ''}",
                 flush=True,
             )
+
+    def held_out(self, step: int, found: HeldOutLoss) -> None:
+        """The loss of the held-out rows after the 1-based `step` (0: before the first)."""
+        if not self.enabled:
+            return
+        self._event("held_out_loss", step=step, **{**dataclasses.asdict(found), "loss": finite(found.loss)})
+        loss = f"{found.loss:.4f}" if math.isfinite(found.loss) else "not finite"
+        print(
+            f"held-out loss {loss} at step {step} ({found.supervised_tokens:,} supervised tokens, "
+            f"{found.seconds:.1f} s)",
+            flush=True,
+        )
 
     def saved(self, folder: Path, seconds: float) -> None:
         if self.enabled:

@@ -53,3 +53,29 @@ def test_help_is_shown_within_its_budget(root: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
     assert min(seconds[1:]) <= HELP_BUDGET_S * MACHINE_FACTOR, f"{min(seconds[1:]):.3f} s"
+
+
+def test_a_worker_starts_without_torchs_compiler(root: Path) -> None:
+    """bitsandbytes and one of DeepSpeed's optimizers would bring it: 3 s of every start on two cores."""
+    code = """
+import os, sys
+from datetime import timedelta
+import torch.distributed as dist
+from trainer.engine import start_deepspeed
+from trainer.train import hide_bitsandbytes
+hide_bitsandbytes()
+import peft, peft.tuners.lora
+from transformers import AutoModelForCausalLM
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+start_deepspeed(timedelta(seconds=60))
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+import torch
+assert is_zero_supported_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+loaded = [name for name in sys.modules if name.startswith(("torch._inductor.compile_fx", "bitsandbytes."))]
+assert not loaded, loaded
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.commands import ROOT, losses
+from support.commands import ROOT, held_out_losses, losses
 from support.many_runs import carry_out, planned
 from support.matrix import write_rows
 
@@ -21,14 +22,37 @@ TINY_FOLDER = ROOT / "recipes" / "tiny"
 RECIPE = """
 model: {source: "random:%s", dtype: fp32}
 method: {name: %s%s}
-data: {files: rows.jsonl, max_length: 128, packing: %s}
+data: {files: rows.jsonl, max_length: 128, packing: %s, held_out: 0.2}
 train: {epochs: 2, micro_batch: 2, global_batch: 4, learning_rate: 1e-2, weight_decay: 0.1, schedule: linear, warmup_ratio: 0.2, gradient_checkpointing: %s}
 parallel: {zero: %d}
 """
 
 
-def reference_losses(spec: TrainSpec) -> list[float]:
-    """The same rows in the same order, the plainest way that transformers and peft allow."""
+Documents = list[tuple[torch.Tensor, torch.Tensor]]
+"""(token ids, labels) of each."""
+
+
+def documents_of(data: TokenData, rows: Iterable[int]) -> Documents:
+    found = []
+    for row in rows:
+        batch = data.batch([row], data.row_length([row]))
+        parts = (t[0].split(batch.document_lengths) for t in (batch.input_ids_1T, batch.labels_1T))
+        found += [(ids, labels) for ids, labels in zip(*parts, strict=True) if (labels != -100).any()]
+    return found
+
+
+def plain_losses(model: Any, documents: Documents) -> Iterator[torch.Tensor]:
+    """Each document's share of the mean over all supervised tokens."""
+    count = sum(int((labels != -100).sum()) for _, labels in documents)
+    for ids, labels in documents:
+        yield F.cross_entropy(model(ids[None]).logits[0], labels, ignore_index=-100, reduction="sum") / count
+
+
+def reference_losses(spec: TrainSpec) -> tuple[list[float], list[float]]:
+    """Of each step, and of the held-out rows before and after: the plainest way that transformers and peft allow.
+
+    The rows and their order are those of `spec`'s run.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -50,7 +74,8 @@ def reference_losses(spec: TrainSpec) -> list[float]:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.learning_rate, betas=optim.betas)
-    found: list[float] = []
+    held_out = documents_of(data, data.held_out_rows)
+    found, found_held_out = [], [sum(loss.item() for loss in plain_losses(model, held_out))]
     # One rank that takes the whole global batch in one micro batch after the other.
     one_rank = dataclasses.replace(optim, accumulate=rows_per_step(optim, spec.parallel.dp) // optim.micro_batch)
     steps = num_steps(data.num_rows, one_rank, 1)
@@ -59,27 +84,17 @@ def reference_losses(spec: TrainSpec) -> list[float]:
         rate = (step + 1) / warmup if step < warmup else 1 - (step - warmup) / (steps - warmup)
         for group in adamw.param_groups:
             group["lr"] = optim.learning_rate * rate
-        documents = []
-        for row in (r for micro in step_rows(step, 0, data.num_rows, one_rank, 1) for r in micro if r >= 0):
-            batch = data.batch([row], data.row_length([row]))
-            for ids, labels in zip(
-                batch.input_ids_1T[0].split(batch.document_lengths),
-                batch.labels_1T[0].split(batch.document_lengths),
-                strict=True,
-            ):
-                documents.append((ids, labels))
-        count = sum(int((labels != -100).sum()) for _, labels in documents)
+        rows = (r for micro in step_rows(step, 0, data.num_rows, one_rank, 1) for r in micro if r >= 0)
         total = 0.0
-        for ids, labels in documents:
-            if (labels != -100).any():
-                loss = F.cross_entropy(model(ids[None]).logits[0], labels, ignore_index=-100, reduction="sum") / count
-                loss.backward()
-                total += loss.item()
+        for loss in plain_losses(model, documents_of(data, rows)):
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
         adamw.step()
         adamw.zero_grad()
         found.append(total)
-    return found
+    found_held_out.append(sum(loss.item() for loss in plain_losses(model, held_out)))
+    return found, found_held_out
 
 
 CASES = (
@@ -123,11 +138,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
 def test_losses_equal_the_plain_loop(runs: Path, number: int) -> None:
     run = runs / f"case {number}"
-    expected = reference_losses(read_plan(str(run / "plan.json")))
-    got = losses(run)
+    expected, expected_held_out = reference_losses(read_plan(str(run / "plan.json")))
+    got, held_out = losses(run), held_out_losses(run)
     assert len(got) == len(expected) >= 4
     for step, loss in enumerate(expected, 1):
         assert got[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
+    assert held_out == {
+        0: pytest.approx(expected_held_out[0], rel=1e-4),
+        len(got): pytest.approx(expected_held_out[1], rel=1e-4),
+    }
 
 
 def test_dropout_is_on_in_training(runs: Path) -> None:

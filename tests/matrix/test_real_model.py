@@ -23,8 +23,8 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
     method: str, dtype: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = [Cell(method, zero, dtype) for zero in range(4)]
-    # As many rows as a step takes: every step sees the same ones, so that its loss can be compared with the first.
-    write_rows(tmp_path, num_rows=4)
+    # As many rows as a step takes, and one held out: every step sees the same ones, so that its loss can be compared with the first.
+    write_rows(tmp_path, num_rows=5)
     monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
     reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, RATE[method])
     runs = [plan_cell(tmp_path, cell, REAL, 64, RATE[method]) for cell in cells]

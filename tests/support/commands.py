@@ -56,6 +56,12 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
+def held_out_losses(run: Path) -> dict[int, float]:
+    """Step -> loss of the held-out rows, 0 before the first."""
+    events = map(json.loads, (run / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row["loss"] for row in events if row["event"] == "held_out_loss"}
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60, what: str = "condition") -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -44,11 +44,13 @@ def make_spec(run_dir: Path, prompts: tuple[PromptSpec, ...] = (), strict: bool 
         package_root="/package",
         model=ModelSpec("org/model", "hub", "org/model", "main", "fp32", False, "/cache"),
         method=MethodSpec("lora", 16, 32.0, 0.0, ("all-linear",), True),
-        data=DataSpec((DataFile("/d.jsonl", "auto"),), "你是小薇。", "model", 512, True, "truncate", 0, "/cache"),
+        data=DataSpec(
+            (DataFile("/d.jsonl", "auto"),), "你是小薇。", "model", 512, True, "truncate", 0, 0.0, (), "/cache"
+        ),
         optim=OptimSpec(3.0, 0, 2, 4, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1e-8, 1.0, 42, False, False),
         parallel=ParallelSpec("cpu", 2, 2, 1, 2, "none", 1, 1800),
         checkpoint=CheckpointSpec(50, 2),
-        evaluate=EvaluateSpec(prompts, 12, 0, 2, strict),
+        evaluate=EvaluateSpec(prompts, 12, 0, 2, 50, strict),
         paths=paths,
         deepspeed={},
         debug=False,
@@ -57,7 +59,7 @@ def make_spec(run_dir: Path, prompts: tuple[PromptSpec, ...] = (), strict: bool 
 
 
 def make_prepared(model_dir: str = "/cache/model") -> Prepared:
-    return Prepared(model_dir, "/cache/data", 104, 37, 18234, 6021)
+    return Prepared(model_dir, "/cache/data", 104, 37, 18234, 6021, 0)
 
 
 def write_run(run_dir: Path, spec: TrainSpec, prepared: Prepared) -> Path:

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from support.commands import losses
+from support.commands import held_out_losses, losses
 from support.many_runs import planned
 
 RECIPE = """
 model: {{source: "{source}", dtype: {dtype}}}
 method: {{name: {method}{rank}}}
-data: {{files: rows.jsonl, max_length: {length}}}
+data: {{files: rows.jsonl, max_length: {length}, held_out: 0.2}}
 train: {{max_steps: 5, micro_batch: 1, global_batch: 4, learning_rate: {rate}, weight_decay: 0.1, schedule: linear}}
 parallel: {{zero: {zero}, sp: {sp}, offload: {offload}}}
 checkpoint: {{every_steps: 3, keep: 3}}
+evaluate: {{loss_every_steps: 3}}
 """
 
 
@@ -83,6 +84,10 @@ def check_losses(folder: Path, cell: Cell, tolerance: float) -> float:
     assert expected[5] < expected[1] - 0.05
     for step, loss in expected.items():
         assert got[step] == pytest.approx(loss, rel=tolerance), f"{cell.name}, step {step}"
+    held_out, expected_held_out = (held_out_losses(folder / c.name) for c in (cell, cell.reference))
+    assert sorted(held_out) == [0, 3, 5]
+    for step, loss in expected_held_out.items():
+        assert held_out[step] == pytest.approx(loss, rel=tolerance), f"{cell.name}, held-out rows, step {step}"
     return max(abs(got[step] / loss - 1) for step, loss in expected.items())
 
 

@@ -92,6 +92,10 @@ def test_unknown_key_lists_what_is_allowed() -> None:
         ("prompt_template: qwen_chat", "data.template"),
         ("evaluation_freq: 50", "evaluate.samples_every_steps"),
         ("evaluation_inputs: [a]", "evaluate.prompts"),
+        ("val_size: 0.1", "data.held_out"),
+        ("test_size: 0.1", "data.held_out"),
+        ("eval_dataset: test.jsonl", "data.held_out_files"),
+        ("eval_steps: 50", "evaluate.loss_every_steps"),
     ],
 )
 def test_words_of_other_tools_are_translated(line: str, ours: str) -> None:
@@ -104,10 +108,12 @@ def test_words_of_other_tools_are_translated(line: str, ours: str) -> None:
 def test_translation_writes_the_lines_out() -> None:
     assert only(HEAD + "lr: 5e-5\n").hint == "Write it there:\ntrain:\n  learning_rate: 5e-5"
     assert only(HEAD + "train:\n  lr: 5e-5\n").hint == "Write `learning_rate: 5e-5`"
+    assert only(HEAD + "val_size: 0.1\n").hint == "Write the share of the rows under data: `held_out: 0.05`."
+    assert only(HEAD + "evaluate:\n  eval_steps: 50\n").hint == "Write `loss_every_steps: 50`"
 
 
 def test_settings_that_a_recipe_does_not_have() -> None:
-    assert "Nothing is held out" in only(HEAD + "val_size: 0.1\n").hint
+    assert "data.held_out" in only(HEAD + "do_eval: true\n").hint
     assert "--gpus 0,2" in only(HEAD + "num_gpus: 2\n").hint
     assert only(HEAD + "warmup_ratio: 0.1\n").message.endswith("it belongs under train")
 
@@ -250,6 +256,73 @@ def test_contradictions_name_both_places(lines: str, where: str, message: str) -
     assert problem.where == f"r.yaml:{where}"
     assert message in problem.message
     assert problem.hint
+
+
+OWN = "model: a/b\nmethod: lora\ndata:\n  files: d.jsonl\n"
+"""The start of a recipe whose data section goes on."""
+
+
+def test_rows_are_held_out_in_one_way() -> None:
+    Path("e.jsonl").write_text('{"text": "b"}\n', encoding="utf-8")
+    problem = only(OWN + "  held_out: 0.1\n  held_out_files: e.jsonl\n")
+    assert problem.where == "r.yaml:6:3"
+    assert problem.message == "data.held_out_files contradicts data.held_out (r.yaml:5:3): rows are held out in one way"
+    assert problem.hint == "Remove one of the two."
+    assert problems(OWN + "  held_out: 0\n  held_out_files: [e.jsonl]\n") == []
+    assert problems(OWN + "  held_out: 0.1\n  held_out_files: []\n") == []
+
+
+@pytest.mark.parametrize("lines", ["", "  held_out: 0\n", "  held_out_files: []\n"])
+def test_a_loss_of_no_rows_has_no_effect(lines: str) -> None:
+    problem = only(OWN + lines + "evaluate:\n  loss_every_steps: 50\n")
+    assert problem.where == f"r.yaml:{6 + lines.count(chr(10))}:3"
+    assert problem.message == "evaluate.loss_every_steps has no effect: no rows are held out"
+    assert "held_out: 0.05" in problem.hint
+
+
+def test_a_loss_of_held_out_rows_may_have_its_steps() -> None:
+    Path("e.jsonl").write_text('{"text": "b"}\n', encoding="utf-8")
+    for lines in ("  held_out: 0.1\n", "  held_out_files: e.jsonl\n"):
+        assert problems(OWN + lines + "evaluate:\n  loss_every_steps: 50\n") == []
+        assert problems(OWN + lines + "evaluate:\n  loss_every_steps: 0\n") == []
+
+
+@pytest.mark.parametrize(
+    ("files", "held_out", "where", "other"),
+    [
+        ("d.jsonl", "d.jsonl", "r.yaml:5:19", "r.yaml:4:10"),
+        ("[e.jsonl, d.jsonl]", "[f.jsonl, ./d.jsonl]", "r.yaml:5:29", "r.yaml:4:20"),
+        ("[e.jsonl, {path: d.jsonl}]", "{path: ../HERE/d.jsonl}", "r.yaml:5:26", "r.yaml:4:20"),
+    ],
+)
+def test_a_file_is_either_trained_on_or_held_out(
+    folder: Path, files: str, held_out: str, where: str, other: str
+) -> None:
+    for name in ("e.jsonl", "f.jsonl"):
+        Path(name).write_text('{"text": "b"}\n', encoding="utf-8")
+    held_out = held_out.replace("HERE", folder.name)
+    problem = only(f"model: a/b\nmethod: lora\ndata:\n  files: {files}\n  held_out_files: {held_out}\n")
+    assert problem.where == where
+    assert f"d.jsonl is trained on too ({other})" in problem.message
+    assert "held_out: 0.05" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("lines", "where", "message", "fix"),
+    [
+        ("  held_out: 1.0\n", "5:13", "data.held_out: 1.0; expected a number, 0 or more and less than 1", ""),
+        ("  held_out: -0.1\n", "5:13", "data.held_out: -0.1; expected a number, 0 or more and less than 1", ""),
+        ("  held_out: 5%\n", "5:13", "'5%' is a string; expected a number", "Write 0.05"),
+        ("  held_out: e.jsonl\n", "5:13", "'e.jsonl' is a string; expected a number", ""),
+        ("  held_out: 0.1\nevaluate:\n  loss_every_steps: -1\n", "7:21", "expected a whole number, 0 or more", ""),
+        ("  held_out: 2.0\nevaluate:\n  loss_every_steps: 5\n", "5:13", "data.held_out: 2.0; expected a number", ""),
+    ],
+)
+def test_wrong_values_about_held_out_rows(lines: str, where: str, message: str, fix: str) -> None:
+    problem = only(OWN + lines)
+    assert problem.where == f"r.yaml:{where}"
+    assert message in problem.message
+    assert fix in problem.hint
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,36 @@ def test_a_later_layer_replaces_what_it_makes_void() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "flag", "values", "note"),
+    [
+        (
+            "held_out: 0.1",
+            "data.held_out_files=[e.jsonl]",
+            (0.0, ["e.jsonl"]),
+            "data.held_out (r.yaml:5) no longer holds: replaced by data.held_out_files (--set)",
+        ),
+        (
+            "held_out_files: [e.jsonl]",
+            "data.held_out=0.2",
+            (0.2, []),
+            "data.held_out_files (r.yaml:5) no longer holds: replaced by data.held_out (--set)",
+        ),
+        ("held_out: 0.1", "data.held_out=0.2", (0.2, []), ""),
+        ("held_out_files: [e.jsonl]", "data.held_out_files=f.jsonl", (0.0, ["f.jsonl"]), ""),
+    ],
+)
+def test_a_later_layer_holds_out_other_rows(
+    folder: Path, line: str, flag: str, values: tuple[float, list[str]], note: str
+) -> None:
+    path = write("r.yaml", f"model: a/b\nmethod: lora\ndata:\n  files: d.jsonl\n  {line}\n")
+    loaded = load_recipe(path, [flag])
+    data = loaded.recipe.data
+    assert (data.held_out, [f.path for f in data.held_out_files]) == (values[0], [str(folder / f) for f in values[1]])
+    assert list(loaded.notes) == ([note] if note else [])
+    assert [f.path for f in data.files] == [str(folder / "d.jsonl")]
+
+
 def test_one_layer_may_not_contradict_itself() -> None:
     found = failure(write("r.yaml", HEAD), "train.epochs=1", "train.max_steps=5")
     assert [where for where, _ in found] == ["--set train.max_steps=5"]

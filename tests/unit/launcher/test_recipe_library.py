@@ -172,6 +172,24 @@ def test_copy_overwrites_nothing(folder: Path) -> None:
         copy("qwen_qlora", folder)
 
 
+def test_copy_takes_held_out_files_along(folder: Path) -> None:
+    for name in ("far/old.jsonl", "here/rows.jsonl", "here/sub/new.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'{{"text": "{name}"}}\n', encoding="utf-8")
+    text = "model: a/b\nmethod: lora\ndata:\n  files: rows.jsonl\n  held_out_files: [sub/new.jsonl, ../far/old.jsonl]\n"
+    (folder / "here" / "r.yaml").write_text(text, encoding="utf-8")
+    written = copy("here/r.yaml", folder / "there" / "deep")
+    there = folder / "there" / "deep"
+    assert sorted(written) == [there / "r.yaml", there / "rows.jsonl", there / "sub" / "new.jsonl"]
+    copied = load_recipe(written[0]).recipe.data
+    assert [f.path for f in copied.files] == [str(there / "rows.jsonl")]
+    assert [f.path for f in copied.held_out_files] == [
+        str(there / "sub" / "new.jsonl"),
+        str(folder / "far" / "old.jsonl"),
+    ]
+    assert (there / "sub" / "new.jsonl").read_text(encoding="utf-8") == '{"text": "here/sub/new.jsonl"}\n'
+
+
 def test_copy_of_ones_own_recipe_adjusts_what_lies_elsewhere(folder: Path) -> None:
     for name in ("far/rows.jsonl", "here/near.jsonl", "here/base.yaml"):
         (folder / name).parent.mkdir(exist_ok=True)

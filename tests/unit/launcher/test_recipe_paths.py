@@ -56,6 +56,19 @@ def test_every_missing_file_is_reported() -> None:
     assert [p.where for p in problems] == ["recipes/r.yaml:4:11", "recipes/r.yaml:4:32"]
 
 
+def test_held_out_files_are_found_and_missed_as_others_are(folder: Path) -> None:
+    (folder / "recipes" / "new.jsonl").write_text("{}\n", encoding="utf-8")
+    values, problems = load(extra="  held_out_files: new.jsonl\n")
+    assert problems == []
+    assert values["data"]["held_out_files"] == [{"path": str(folder / "recipes" / "new.jsonl")}]
+    _, problems = load(data="x.jsonl", extra="  held_out_files: [new.jsonl, nwe.jsonl]\n")
+    assert [(p.where, p.message) for p in problems] == [
+        ("recipes/r.yaml:4:10", "the data file x.jsonl does not exist"),
+        ("recipes/r.yaml:5:31", "the data file nwe.jsonl does not exist"),
+    ]
+    assert problems[1].hint == "Did you mean new.jsonl?"
+
+
 @pytest.mark.parametrize(
     ("model", "source"),
     [

@@ -24,13 +24,14 @@ def random_documents(count=40, longest=30):
     return documents
 
 
-def write(folder, documents, max_length, packing):
+def write(folder, documents, max_length, packing, num_held_out=0):
     folder.mkdir()
     writer = TokenWriter(folder)
     for i, (ids, supervised) in enumerate(documents):
         writer.add(ids, supervised, i % 2, i + 1)
     offsets, order = pack_documents(np.asarray(writer.lengths), max_length, packing)
     index = {"packing": packing, "max_length": max_length, "pad_token_id": PAD, "data_files": ["/a.jsonl", "/鸟.jsonl"]}
+    index |= {"num_rows": len(offsets) - 1 - num_held_out, "num_held_out_rows": num_held_out}
     writer.finish(offsets, order, index)
     return folder
 
@@ -80,6 +81,21 @@ def test_every_token_and_label_of_the_data_is_in_some_row(written):
     assert sorted(d for r in range(data.num_rows) for d in data.documents(r)) == list(range(len(documents)))
     assert data.tokens_per_row.sum() == sum(len(ids) for ids, _ in documents)
     assert data.supervised_per_row.sum() == sum(sum(s[1:]) for _, s in documents)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+def test_held_out_rows_lie_behind_those_that_are_trained_on(tmp_path, packing):
+    documents = random_documents()
+    whole = TokenData.open(write(tmp_path / "whole", documents, 32, packing))
+    data = TokenData.open(write(tmp_path / "entry", documents, 32, packing, num_held_out=7))
+    assert whole.held_out_rows == range(whole.num_rows, whole.num_rows)
+    assert data.num_rows == whole.num_rows - 7
+    assert data.held_out_rows == range(data.num_rows, whole.num_rows)
+    assert data.supervised_per_row.tolist() == whole.supervised_per_row.tolist(), "held-out rows have labels too"
+    assert data.tokens_per_row.tolist() == whole.tokens_per_row.tolist()
+    for row in data.held_out_rows:
+        assert data.sources(row) == whole.sources(row)
+        assert data.batch([row], 32).labels_1T.tolist() == whole.batch([row], 32).labels_1T.tolist()
 
 
 def test_row_lengths(tmp_path):

@@ -125,7 +125,8 @@ def watch(tmp_path: Path) -> LossWatch:
     for n in range(16):
         writer.add([10 + n, 20, 30], [False, True, True], 0, n + 1)
     offsets, order = pack_documents(np.asarray(writer.lengths), 4, packing=True)
-    writer.finish(offsets, order, {"packing": True, "max_length": 4, "pad_token_id": 9, "data_files": ["/数.jsonl"]})
+    index = {"packing": True, "max_length": 4, "pad_token_id": 9, "data_files": ["/数.jsonl"]}
+    writer.finish(offsets, order, {**index, "num_rows": len(offsets) - 1, "num_held_out_rows": 0})
     spec = make_spec(tmp_path)
     spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, accumulate=2))
     ranks = Ranks(rank=0, local_rank=0, world_size=2, dp_rank=0, sp_rank=0, device=torch.device("cpu"))

@@ -57,7 +57,7 @@ def make(model, data_file, tmp_path):
         run.mkdir(exist_ok=True)
         defaults = DataSpec(
             files=(DataFile(str(data_file), "auto"),), system=None, template="model", max_length=256, packing=True,
-            too_long="truncate", max_rows=0, cache_dir=str(tmp_path / "cache"),
+            too_long="truncate", max_rows=0, held_out=0.0, held_out_files=(), cache_dir=str(tmp_path / "cache"),
         )  # fmt: skip
         names = [f.name for f in dataclasses.fields(PathsSpec) if f.name != "run_dir"]
         spec = TrainSpec(
@@ -71,7 +71,7 @@ def make(model, data_file, tmp_path):
             optim=OptimSpec(1.0, 0, 1, 1, 1e-4, "cosine", 0.0, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False, False),
             parallel=ParallelSpec("cpu", 1, 1, 1, 2, "none", 1, 60),
             checkpoint=CheckpointSpec(0, 2),
-            evaluate=EvaluateSpec((), 16, 0, 2, False),
+            evaluate=EvaluateSpec((), 16, 0, 2, 0, False),
             paths=PathsSpec(run_dir=str(run), **{n: str(run / n) for n in names}),
             deepspeed={},
             debug=False,

@@ -130,6 +130,88 @@ def test_skipped_steps_spikes_and_share_of_peak(spec):
     assert "step 3: 4.5000" in markdown(report)
 
 
+def report_of_held_out(spec, losses):
+    """The report after these (step, loss) events, a spike among them."""
+    events = [
+        {"time": 1.0, "event": "loss_spike", "step": 2, "loss": 9.0, "expected": 1.0, "rows": [], "rows_left_out": 0}
+    ]
+    for step, loss in losses:
+        row = {
+            "time": 2.0,
+            "event": "held_out_loss",
+            "step": step,
+            "loss": loss,
+            "supervised_tokens": 1234,
+            "seconds": 1.5,
+        }
+        events.append(row)
+    Path(spec.paths.events).write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+    models = {"base": None, "tuned": spec.paths.merged_dir, "adapter": None, "template": "model", "max_new_tokens": 1}
+    return build_report(RESULTS, models, ({}, spec, make_prepared()))
+
+
+def held_out_facts(report):
+    return [value for name, value in report["facts"] if "eld-out" in name]
+
+
+@pytest.mark.parametrize(
+    ("losses", "known", "fact"),
+    [
+        (
+            [(0, 2.5), (2, 1.25), (4, 1.5), (6, 1.75)],
+            [(0, 2.5), (2, 1.25), (4, 1.5), (6, 1.75)],
+            "2.5000 → 1.7500 (step 0 → 6); lowest 1.2500 at step 2, over 1,234 supervised tokens",
+        ),
+        (
+            [(0, 2.5), (3, 1.75), (6, 1.25)],
+            [(0, 2.5), (3, 1.75), (6, 1.25)],
+            "2.5000 → 1.2500 (step 0 → 6), over 1,234 supervised tokens",
+        ),
+        (  # continued from step 3: step 4 again, then 6
+            [(0, 2.5), (2, 1.75), (4, 1.0), (4, 1.5), (6, 1.25)],
+            [(0, 2.5), (2, 1.75), (4, 1.5), (6, 1.25)],
+            "2.5000 → 1.2500 (step 0 → 6), over 1,234 supervised tokens",
+        ),
+        (
+            [(0, None), (2, 1.75), (4, None), (5, 2.0), (1200, None)],
+            [(2, 1.75), (5, 2.0)],
+            "1.7500 → 2.0000 (step 2 → 5); lowest 1.7500 at step 2, over 1,234 supervised tokens",
+        ),
+        (
+            [(0, 2.5), (1200, 2.25)],
+            [(0, 2.5), (1200, 2.25)],
+            "2.5000 → 2.2500 (step 0 → 1,200), over 1,234 supervised tokens",
+        ),
+    ],
+    ids=["lowest in between", "lowest at the end", "continued", "not finite", "two"],
+)
+def test_the_loss_of_held_out_rows_is_a_fact_and_a_curve(spec, losses, known, fact):
+    report = report_of_held_out(spec, losses)
+    assert held_out_facts(report) == [fact]
+    assert fact in markdown(report)
+    text = html_page(report)
+    page = Page(text)
+    assert fact in page.text
+    charts = text.split("<svg")[1:]
+    assert len(charts) == 3
+    assert f'aria-label="loss of the held-out rows by step: {known[-1][1]:.4g} at the end"' in charts[1]
+    (curve,) = re.findall(r'class="line" d="M([^"]*)"', charts[1])
+    assert len(curve.split(" L")) == len(known)
+    (alone,) = re.findall(r'class="line" d="M([^"]*)"', line_chart(known, 200, "loss of the held-out rows"))
+    assert curve == alone
+    assert [row["step"] for row in report["held_out"]] == sorted({step for step, _ in losses})
+
+
+@pytest.mark.parametrize("losses", [[], [(0, None), (6, None)]])
+def test_without_a_loss_of_held_out_rows_nothing_is_said_of_it(spec, losses):
+    report = report_of_held_out(spec, losses)
+    assert held_out_facts(report) == []
+    text = html_page(report)
+    assert "held-out rows" not in text
+    assert text.count("<svg") == 2
+    assert ("Loss", "2.5000 → 0.1667 (first → last step)") in [tuple(fact) for fact in report["facts"]]
+
+
 def test_json_holds_everything_and_comes_back(folder, report):
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
     assert report["evaluation"]["num_expectations"] == 3
