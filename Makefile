@@ -1,4 +1,4 @@
-# make demo | test | check | clean. Needs Python 3.11, make and nothing else; everything is installed into .venv.
+# make demo | test | test-cluster | check | clean. Needs Python 3.11, make and nothing else; everything is installed into .venv.
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 help:
-	@echo "make demo    install, then fine-tune a real 135M model and show it before and after"
-	@echo "make test    install, then run every test"
-	@echo "make matrix  every method, ZeRO stage and dtype on a real model"
-	@echo "make bench   time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
-	@echo "make check   format, lint, types, unit and architecture tests (under a minute)"
-	@echo "make clean   remove .venv"
+	@echo "make demo          install, then fine-tune a real 135M model and show it before and after"
+	@echo "make test          install, then run every test"
+	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root and iproute2)"
+	@echo "make matrix        every method, ZeRO stage and dtype on a real model"
+	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
+	@echo "make check         format, lint, types, unit and architecture tests (under a minute)"
+	@echo "make clean         remove .venv"
 
 install: $(STAMP)
 
@@ -38,6 +39,11 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest -q --durations=15
 
+test-cluster: install
+	@command -v ip >/dev/null && [ "$$(id -u)" = 0 ] || {
+	  echo "make test-cluster makes its hosts itself, from network namespaces: it needs root and ip (apt install iproute2)"; exit 2; }
+	$(BIN)/python -m pytest -q --durations=5 tests/hosts
+
 matrix: install
 	@$(BIN)/python -m pytest -q -s tests/matrix
 
@@ -55,4 +61,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test matrix bench check clean
+.PHONY: help install demo test test-cluster matrix bench check clean

