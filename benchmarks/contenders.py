@@ -31,6 +31,8 @@ class Workshop:
     qwen2_dir: Path | None
     inputs: Inputs
     cores: int
+    dtype: str
+    """bf16 | fp32, of every contender."""
     sets: tuple[str, ...]
     """Recipe keys of this project to change, as for `launch --set`."""
 
@@ -73,7 +75,7 @@ def product_recipe(case: Case, shop: Workshop) -> dict[str, Any]:
         data["system"] = SYSTEM_PROMPT
     parallel: dict[str, Any] = {"sp": case.sp} if case.zero is None else {"sp": case.sp, "zero": case.zero}
     return {
-        "model": {"source": model, "dtype": "bf16"},
+        "model": {"source": model, "dtype": shop.dtype},
         "method": {"name": "lora", "rank": LORA_RANK, "alpha": LORA_ALPHA, "targets": "all-linear"},
         "data": data,
         "train": {
@@ -132,7 +134,7 @@ def _llamafactory(case: Case, folder: Path, shop: Workshop) -> Command:
         "neat_packing": case.packing,
         "disable_shuffling": not case.packing,
         **_training_arguments(case),
-        "bf16": True,
+        "bf16": shop.dtype == "bf16",
         "use_cpu": True,
         "disable_gradient_checkpointing": True,
         "flash_attn": "sdpa",
@@ -154,7 +156,8 @@ def _trl(case: Case, folder: Path, shop: Workshop) -> Command:
         "dataset_name": shop.inputs.trl_dir,
         "output_dir": folder / "out",
         "use_cpu": True,
-        "dtype": "bfloat16",
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[shop.dtype],
+        "bf16": shop.dtype == "bf16",
         "attn_implementation": "sdpa",
         "use_peft": True,
         "lora_r": LORA_RANK,

@@ -132,6 +132,17 @@ def _write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def as_fp32(model_dir: Path, folder: Path) -> Path:
+    """`folder` as the same model, but for config.json, which says fp32: what some programs load the weights as."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in model_dir.iterdir():
+        if file.name != "config.json" and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), encoding="utf-8")
+    return folder
+
+
 def write_qwen2_shape(folder: Path, model_dir: Path) -> Path:
     """A model folder without weights: SHAPE's config.json with the tokenizer of `model_dir`."""
     folder.mkdir(parents=True, exist_ok=True)

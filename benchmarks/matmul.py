@@ -1,6 +1,7 @@
-"""`python -m benchmarks.matmul N,K ...`: this machine's bf16 matmul rate at a model's layer shapes, as JSON on stdout.
+"""`python -m benchmarks.matmul DTYPE N,K ...`: this machine's matmul rate at a model's layer shapes, as JSON on stdout.
 
-What a contender does in useful work a second is given as a share of what its matmuls alone could do on this machine.
+DTYPE is bf16, fp32, or auto: bf16 unless the CPU has no instructions for it. What a contender does in useful work a second
+is given as a share of what its matmuls alone could do on this machine.
 """
 
 from __future__ import annotations
@@ -48,16 +49,26 @@ def useful_flops_per_token(num_parameters: int) -> int:
     return 4 * num_parameters
 
 
-def measured_rates(shapes: list[tuple[int, int]]) -> dict[str, float]:
+def chosen_dtype(wanted: str) -> str:
+    """bf16 or fp32."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def measured_rates(shapes: list[tuple[int, int]], dtype_name: str) -> dict[str, float]:
     """GFLOP/s of `x (M, in) @ w.T` and of its input gradient `g (M, out) @ w`, each the best of a few windows."""
     import torch
 
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     found = {}
     for out, inner in shapes:
         # As in a model of many layers, a weight has left the cache when it is used again.
-        copies = math.ceil(OUTSIDE_CACHE_BYTES / (2 * out * inner))
-        weights = [torch.randn(out, inner).bfloat16() for _ in range(copies)]
-        x, g = torch.randn(ROWS, inner).bfloat16(), torch.randn(ROWS, out).bfloat16()
+        copies = math.ceil(OUTSIDE_CACHE_BYTES / (dtype.itemsize * out * inner))
+        weights = [torch.randn(out, inner).to(dtype) for _ in range(copies)]
+        x, g = torch.randn(ROWS, inner).to(dtype), torch.randn(ROWS, out).to(dtype)
         flops = 2 * ROWS * out * inner
         forward, gradient = _names(out, inner)
         found[forward] = flops / _best_s([lambda x=x, w=w: x @ w.T for w in weights]) / 1e9
@@ -79,5 +90,6 @@ def _best_s(products: list[Callable[[], object]]) -> float:
 
 
 if __name__ == "__main__":
-    pairs = [tuple(int(n) for n in argument.split(",")) for argument in sys.argv[1:]]
-    print(json.dumps(measured_rates([(a, b) for a, b in pairs])))
+    name = chosen_dtype(sys.argv[1])
+    pairs = [tuple(int(n) for n in argument.split(",")) for argument in sys.argv[2:]]
+    print(json.dumps({"dtype": name, "rates": measured_rates([(a, b) for a, b in pairs], name)}))

@@ -21,7 +21,7 @@ from cluster.job import ClusterError
 
 from .cases import BUDGET_MINUTES, COMPARED_ROWS, CONTENDERS, PRODUCT, QUICK_STEPS, ROWS, SEED, Case, cases_of
 from .contenders import Workshop, command_of
-from .inputs import default_rows, num_parameters, read_rows, without_cut_rows, write_inputs, write_qwen2_shape
+from .inputs import as_fp32, default_rows, num_parameters, read_rows, without_cut_rows, write_inputs, write_qwen2_shape
 from .matmul import layer_shapes, model_rate
 from .peer_venvs import PEERS, BenchError, ensure_venv, versions
 from .processes import run_command
@@ -43,6 +43,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps of every case; default: each row's own")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: does it work? Not for figures")
     parser.add_argument("--data", type=Path, help="Alpaca rows (json, jsonl); default: the shipped chat data, repeated")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of every contender; auto: bf16, or fp32 on a CPU without bf16 instructions, where the peers' bf16 takes hours",
+    )
     parser.add_argument("--set", action="append", default=[], dest="sets", help="recipe key of tunelaunch to change")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / ".cache/bench", help="models, tokenised data, environments"
@@ -74,12 +80,14 @@ class Bench:
         settings = {
             "data": str(args.data.resolve()) if args.data else "recipes/data, repeated",
             "steps": args.steps,
+            "dtype": args.dtype,
             "sets": args.sets,
         }
         self.document: dict[str, Any] = {
             "settings": settings,
             "machine": _machine(self.cores),
             "versions": {},
+            "dtype": "",
             "matmul": {},
             "matmul_rate": 0.0,
             "num_parameters": 0,
@@ -112,7 +120,7 @@ class Bench:
         shipped = default_rows(ROOT / "recipes/data")
         rows = read_rows(self.args.data) if self.args.data else shipped
         first = write_inputs(shipped[:20], self.out / "work/model_inputs", SEED)
-        shop = Workshop(cache, venvs, None, None, first, self.cores, ())
+        shop = Workshop(cache, venvs, None, None, first, self.cores, "bf16", ())
         model_dir = self._convert_model(shop)
         rows = without_cut_rows(rows, model_dir / "tokenizer.json", MAX_LENGTH)
         self.document["num_parameters"] = num_parameters(model_dir)
@@ -129,9 +137,10 @@ class Bench:
             self._measure_matmul(model_dir)
         return replace(
             shop,
-            model_dir=model_dir,
+            model_dir=as_fp32(model_dir, cache / "model_fp32") if self.document["dtype"] == "fp32" else model_dir,
             qwen2_dir=write_qwen2_shape(cache / "qwen2_shape", model_dir),
             inputs=write_inputs(rows, self.out / "work/inputs", SEED),
+            dtype=self.document["dtype"],
             sets=tuple(self.args.sets),
         )
 
@@ -149,10 +158,11 @@ class Bench:
         counts = layer_shapes(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))
         shapes = [f"{out},{inner}" for out, inner in counts]
         log = self.out / "logs/matmul.log"
-        argv = [sys.executable, "-m", "benchmarks.matmul", *shapes]
+        argv = [sys.executable, "-m", "benchmarks.matmul", self.args.dtype, *shapes]
         run_command(argv, {**os.environ, "OMP_NUM_THREADS": str(self.cores)}, ROOT, log, MATMUL_LIMIT_S)
         try:
-            self.document["matmul"] = json.loads(log.read_text(encoding="utf-8").strip().splitlines()[-1])
+            measured = json.loads(log.read_text(encoding="utf-8").strip().splitlines()[-1])
+            self.document |= {"dtype": measured["dtype"], "matmul": measured["rates"]}
         except (ValueError, IndexError):
             raise BenchError("the matmul rate could not be measured", f"See {log}") from None
         self.document["matmul_rate"] = model_rate(self.document["matmul"], counts)

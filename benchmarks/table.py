@@ -27,15 +27,15 @@ NOTES = (
     "Seconds a step: median from the end of one optimizer step to the end of the next; the first 3 steps are left out "
     "(1 where fewer than 6 were taken).",
     "Tokens and supervised tokens are counted from what was fed, without padding, by one rule for everybody.",
-    "Matmul share: 4 x parameters x tokens/s, over the bf16 matmul rate measured in this run for all layers of the model, "
+    "Matmul share: 4 x parameters x tokens/s, over the matmul rate measured in this run for all layers of the model, "
     "forward and input gradient, 1024 tokens. The head counts for every token, also where it need not be computed.",
     "Peak memory: largest resident set of one process, and sum of proportional set sizes of the process tree (sampled), "
     "both up to the last optimizer step.",
     "First step: from the start of the command to the end of its first optimizer step, with tokenised data cached and byte "
     "code written. It holds 4 micro batches where rows are packed, one where they are not.",
-    "All: LoRA r 16, alpha 32, no dropout, all linear layers; AdamW, 2e-4, constant; gradient checkpointing off; bf16. "
-    "LLaMA-Factory allows no pure bf16 on a CPU: its adapters are fp32 under autocast. TRL's adapters are what its command "
-    "makes of `--dtype bfloat16`.",
+    "All: LoRA r 16, alpha 32, no dropout, all linear layers; AdamW, 2e-4, constant; gradient checkpointing off. "
+    "In bf16, LLaMA-Factory's adapters are fp32 under autocast (it allows no pure bf16 on a CPU), and TRL's are what its "
+    "command makes of `--dtype bfloat16`.",
 )
 
 
@@ -68,7 +68,7 @@ def _head(document: dict[str, Any]) -> str:
     if matmul:
         rates = ", ".join(f"{name} {rate:.0f}" for name, rate in matmul.items())
         rate = f"{document['matmul_rate']:.0f} over all layers of the model"
-        lines += ["", f"bf16 matmul, GFLOP/s: {rate}; {rates}."]
+        lines += ["", f"{document['dtype']} matmul, GFLOP/s: {rate}; {rates}."]
     return "\n".join(lines)
 
 

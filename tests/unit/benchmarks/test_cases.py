@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def shop(tmp_path: Path) -> Workshop:
     inputs = write_inputs([DataRow("q", "a")] * 3, tmp_path / "inputs", 42)
     folders = {name: tmp_path / name for name in ("cache", "venvs", "model")}
     qwen2 = write_qwen2_shape(tmp_path / "qwen2", REPO / "recipes/tiny")
-    return Workshop(folders["cache"], folders["venvs"], folders["model"], qwen2, inputs, 2, ("data.max_rows=2",))
+    return Workshop(
+        folders["cache"], folders["venvs"], folders["model"], qwen2, inputs, 2, "bf16", ("data.max_rows=2",)
+    )
 
 
 def every_case() -> list[Case]:
@@ -81,6 +84,39 @@ def test_peers_run_in_their_own_environment_and_are_traced(
     assert not config["default_system"].endswith(".")
 
 
+@pytest.mark.parametrize(("dtype", "trl_dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_every_contender_computes_in_the_same_dtype(tmp_path: Path, shop: Workshop, dtype: str, trl_dtype: str) -> None:
+    shop = dataclasses.replace(shop, dtype=dtype)
+    seen = set()
+    for case in every_case():
+        folder = tmp_path / case.name
+        folder.mkdir()
+        argv = command_of(case, folder, shop).argv
+        seen.add(case.contender)
+        if case.contender == PRODUCT:
+            assert load_recipe(Path(argv[1])).recipe.model.dtype == dtype
+        elif case.contender == "llamafactory":
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            assert config["bf16"] is (dtype == "bf16")
+            assert not config.get("fp16")
+        else:
+            options = dict(zip(argv[2::2], argv[3::2], strict=True))
+            assert (options["--dtype"], options["--bf16"]) == (trl_dtype, str(dtype == "bf16"))
+            assert "--fp16" not in options
+    assert seen == set(CONTENDERS)
+
+
+def test_the_dtype_is_chosen_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [arguments(argv).dtype for argv in ([], ["--dtype", "fp32"], ["--dtype", "bf16"])] == [
+        "auto",
+        "fp32",
+        "bf16",
+    ]
+    with pytest.raises(SystemExit):
+        arguments(["--dtype", "fp16"])
+    assert "fp16" in capsys.readouterr().err
+
+
 def test_unknown_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         arguments(["--rows", "packed,paded"])
@@ -99,6 +135,8 @@ def test_results_are_only_continued_with_the_same_settings(tmp_path: Path) -> No
     assert again.document == bench.document
     with pytest.raises(Exception, match="other settings"):
         Bench(arguments(["--out", str(tmp_path), "--steps", "5"]))
+    with pytest.raises(Exception, match="other settings"):
+        Bench(arguments(["--out", str(tmp_path), "--steps", "4", "--dtype", "fp32"]))
 
 
 def test_make_knows_the_benchmark() -> None:

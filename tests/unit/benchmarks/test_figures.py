@@ -116,6 +116,7 @@ def test_the_page_shows_figures_failures_and_refusals() -> None:
         "settings": {"data": "d.json"},
         "machine": {"date": "today", "cpu": "a CPU", "cores": 2, "memory_gb": 24, "platform": "Linux"},
         "versions": {"trl": {"torch": "2.13.0"}},
+        "dtype": "fp32",
         "matmul": {"forward": 400.0},
         "matmul_rate": 400.0,
         "num_parameters": 100_000_000,
@@ -126,6 +127,7 @@ def test_the_page_shows_figures_failures_and_refusals() -> None:
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in page.splitlines() if " | " in line}
     assert rows["tunelaunch"][3:5] == ["150.0", "1.38 x"]
     assert rows["tunelaunch"][7] == "60 GF/s, 15%"
+    assert "fp32 matmul, GFLOP/s: 400 over all layers of the model; forward 400." in page
     assert "MARK: other rows from step 2 on (150 tokens, not 200)" in rows["llamafactory"][-1]
     assert "failed: exit code 1: ValueError: no \\| bf16 here" in page
     assert "refused: error: not yet" in page
