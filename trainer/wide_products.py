@@ -26,37 +26,40 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 @functools.cache
 def install() -> torch.library.Library | None:
-    """Where the CPU has no 16-bit instructions, replace torch's kernels of products and attention, in this process.
+    """Replace torch's kernels of products and attention, in this process, for the dtypes that this CPU has no instructions for.
 
     Tensors of other dtypes, and of other devices, reach the replaced kernels as before. Calling it again changes nothing.
     """
-    return None if has_narrow_products() else replaced()
+    return replaced(slow_dtypes()) if slow_dtypes() else None
 
 
 @functools.cache
-def has_narrow_products() -> bool:
-    """Whether torch multiplies bf16 quickly on this CPU: oneDNN does with AVX-512, AVX2-VNNI-2 or Arm's bf16."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def slow_dtypes() -> tuple[torch.dtype, ...]:
+    """16-bit dtypes that oneDNN, and so torch, has no products for on this CPU.
+
+    It has those of bf16 with AVX-512, AVX2-VNNI-2 or Arm's bf16 extension, those of fp16 with AVX512-FP16 or AMX-FP16.
+    """
+    bf16, fp16 = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return tuple(dtype for dtype, has in zip(NARROW, (bf16, fp16), strict=True) if not has)
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or its fp32 copy where its products would be made in fp32 anyway: several then share one copy."""
-    is_wide = tensor.device.type == "cpu" and tensor.dtype in NARROW and not has_narrow_products()
-    return tensor.float() if is_wide else tensor
+    return tensor.float() if tensor.device.type == "cpu" and tensor.dtype in slow_dtypes() else tensor
 
 
-def replaced() -> torch.library.Library:
-    """The kernels, in force as long as the result lives."""
+def replaced(dtypes: tuple[torch.dtype, ...] = NARROW) -> torch.library.Library:
+    """The kernels for tensors of `dtypes`, in force as long as the result lives."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         for name in PRODUCTS:
-            _replace(library, name, name, _rounded)
-            _replace(library, f"{name}.out", name, _into_out)
+            _replace(library, dtypes, name, name, _rounded)
+            _replace(library, dtypes, f"{name}.out", name, _into_out)
             if name in ("addmm", "baddbmm"):
-                _replace(library, f"{name}_", name, _into_first)
-        _replace(library, ATTENTION, ATTENTION, _rounded)
-        _replace(library, f"{ATTENTION}_backward", f"{ATTENTION}_backward", _rounded)
+                _replace(library, dtypes, f"{name}_", name, _into_first)
+        for name in (ATTENTION, f"{ATTENTION}_backward"):
+            _replace(library, dtypes, name, name, _rounded)
     return library
 
 
@@ -64,13 +67,15 @@ Kernel = Callable[..., Any]
 Finish = Callable[[Kernel, torch.dtype, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _replace(library: torch.library.Library, overload: str, functional: str, finish: Finish) -> None:
-    """`overload` of a 16-bit tensor becomes `functional` of fp32 copies, whose result `finish` hands over."""
+def _replace(
+    library: torch.library.Library, dtypes: tuple[torch.dtype, ...], overload: str, functional: str, finish: Finish
+) -> None:
+    """`overload` of tensors of `dtypes` becomes `functional` of fp32 copies, whose result `finish` hands over."""
     own, wide = _kernel(overload), _kernel(functional)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         narrow = next(a.dtype for a in args if isinstance(a, torch.Tensor))
-        if narrow not in NARROW or _is_quicker_narrow(args):
+        if narrow not in dtypes or _is_quicker_narrow(args):
             return own(*args, **kwargs)
         return finish(wide, narrow, args, kwargs)
 

@@ -13,8 +13,10 @@ from support.many_runs import REAL, carry_out
 from support.matrix import Cell, check_consolidated, check_losses, check_resumed, plan_cell, resumable, write_rows
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-RATE = {"full": 1e-6, "lora": 5e-5, "qlora": 5e-5}
-"""Low: where a gradient is all but zero its sign decides Adam's step, and a high rate amplifies every rounding."""
+RATE = {("full", "fp32"): 1e-6, ("full", "bf16"): 5e-6}
+ADAPTER_RATE = 5e-5
+"""Low: where a gradient is all but zero its sign decides Adam's step, and a high rate amplifies every rounding. But five
+steps of a rate that is lower still change hardly any bf16 weight."""
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -23,11 +25,12 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
     method: str, dtype: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = [Cell(method, zero, dtype) for zero in range(4)]
+    rate = RATE.get((method, dtype), ADAPTER_RATE)
     # As many rows as a step takes, and one held out: every step sees the same ones, so that its loss can be compared with the first.
     write_rows(tmp_path, num_rows=5)
     monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, RATE[method])
-    runs = [plan_cell(tmp_path, cell, REAL, 64, RATE[method]) for cell in cells]
+    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, rate)
+    runs = [plan_cell(tmp_path, cell, REAL, 64, rate) for cell in cells]
     carry_out(tmp_path, 1, [{"plan": str(reference / "plan.json")}])
     shutil.rmtree(reference / "checkpoints")
     carry_out(tmp_path, 2, [{"plan": str(run / "plan.json")} for run in runs], timeout_s=1200)

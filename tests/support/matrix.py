@@ -63,7 +63,7 @@ def plan_cell(folder: Path, cell: Cell, source: str, length: int, rate: float) -
 def resumable(run: Path) -> Path:
     """A copy of a finished run that has only its checkpoint of step 3."""
     copy = run.with_name(f"{run.name}-resumed")
-    ignored = shutil.ignore_patterns("step_000005", "metrics.jsonl", "plan.json")
+    ignored = shutil.ignore_patterns("step_000005", "metrics.jsonl", "events.jsonl", "plan.json")
     # Linked: a full checkpoint of a real model has 1.6 GB, and nothing writes into a finished one.
     shutil.copytree(run, copy, ignore=ignored, copy_function=os.link)
     plan = (run / "plan.json").read_text(encoding="utf-8")
@@ -95,6 +95,9 @@ def check_resumed(folder: Path, cell: Cell) -> None:
     """A resumed run goes on as if it had never stopped: the same losses, bit for bit."""
     straight, resumed = losses(folder / cell.name), losses(folder / f"{cell.name}-resumed")
     assert resumed == {step: straight[step] for step in (4, 5)}
+    straight, resumed = held_out_losses(folder / cell.name), held_out_losses(folder / f"{cell.name}-resumed")
+    # That of the checkpoint is taken again: a run that was stopped while saving it has not taken it yet.
+    assert resumed == {step: straight[step] for step in (3, 5)}
 
 
 def check_consolidated(folder: Path, cell: Cell) -> None:

@@ -92,9 +92,27 @@ def test_attention_is_that_of_fp32_rounded(replaced: None, causal: bool) -> None
         torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
 
 
-def test_it_is_installed_only_where_the_cpu_has_no_narrow_products() -> None:
-    wide_products.install()
-    a = torch.randn(64, 64, dtype=torch.bfloat16)
-    installed = wide_products.install() is not None
-    assert installed != wide_products.has_narrow_products()
-    torch.testing.assert_close(a @ a, (a.float() @ a.float()).bfloat16(), rtol=0.02, atol=0.2)
+def test_only_the_dtypes_asked_for_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.dtype] = []
+    original = wide_products._rounded
+
+    def noted(wide: object, narrow: torch.dtype, *rest: object) -> object:
+        taken.append(narrow)
+        return original(wide, narrow, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wide_products, "_rounded", noted)
+    library = wide_products.replaced((torch.float16,))
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            torch.mm(*operands(dtype)[1:])
+    finally:
+        library._destroy()
+    assert taken == [torch.float16]
+
+
+def test_it_is_installed_for_what_the_cpu_lacks() -> None:
+    assert (wide_products.install() is not None) == bool(wide_products.slow_dtypes())
+    for dtype in wide_products.NARROW:
+        a = torch.randn(64, 64).to(dtype)
+        assert wide_products.widened(a).dtype == (torch.float32 if dtype in wide_products.slow_dtypes() else dtype)
+        torch.testing.assert_close(a @ a, (a.float() @ a.float()).to(dtype), rtol=0.02, atol=0.2)
