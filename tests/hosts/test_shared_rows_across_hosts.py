@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.hosts import Host, hosts
 from support.many_runs import TINY, carry_out
-from support.matrix import Cell, check_consolidated, check_losses, check_resumed, plan_cell, resumable, write_rows
+from support.matrix import Cell, check_cell, plan_cell, resumable, write_rows
 
 CELLS = (
     Cell("full", 2, "fp32", sp=2),
@@ -53,15 +53,6 @@ def matrix(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
-def test_losses_equal_those_of_one_process(matrix: Path, cell: Cell) -> None:
-    check_losses(matrix, cell, 1e-5)
-
-
-@pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(matrix: Path, cell: Cell) -> None:
-    check_resumed(matrix, cell)
-
-
-@pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)
-def test_its_checkpoint_becomes_a_whole_adapter_or_model(matrix: Path, cell: Cell) -> None:
-    check_consolidated(matrix, cell)
+def test_two_hosts_compute_what_one_process_does_and_resume_and_consolidate(matrix: Path, cell: Cell) -> None:
+    # Its assertions are those of the tiny and the real matrix; here all traffic crosses a network.
+    assert check_cell(matrix, cell, 1e-5) <= 1e-5

@@ -77,6 +77,14 @@ def hand_over(run: Path, other: Path) -> None:
     shutil.copytree(run / step, other / step, copy_function=os.link)
 
 
+def check_cell(folder: Path, cell: Cell, tolerance: float) -> float:
+    """All that must hold of a cell. Returns the worst relative deviation of a step's loss."""
+    worst = check_losses(folder, cell, tolerance)
+    check_resumed(folder, cell)
+    check_consolidated(folder, cell)
+    return worst
+
+
 def check_losses(folder: Path, cell: Cell, tolerance: float) -> float:
     """Returns the worst relative deviation of a step's loss from the simplest layout's."""
     got, expected = losses(folder / cell.name), losses(folder / cell.reference.name)
