@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.inputs import DEFAULT_ROWS, DataRow, default_rows, num_parameters, read_rows, write_inputs
-from benchmarks.matmul import chosen_dtype, layer_shapes, measured_rates, model_rate
+from benchmarks.matmul import chosen_dtype, layer_shapes, model_rate
 from benchmarks.peer_venvs import BenchError
 from trainer.data import step_rows
 from trainer.spec import OptimSpec
-from trainer.wide_products import has_narrow_products
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -85,15 +81,6 @@ def test_rate_of_a_model_is_that_of_its_time() -> None:
     assert model_rate(rates, {(8, 8): 2, (16, 8): 1}) == pytest.approx(2 / (1 / 100 + 1 / 50))
 
 
-@pytest.fixture
-def bf16_instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CPU that has them or not, as the test says: what torch says of it is remembered, so forgotten before and after."""
-    has_narrow_products.cache_clear()
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param)
-    yield
-    has_narrow_products.cache_clear()
-
-
 @pytest.mark.parametrize(
     ("bf16_instructions", "wanted", "dtype"),
     [
@@ -102,33 +89,9 @@ def bf16_instructions(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         (True, "fp32", "fp32"),
         (False, "bf16", "bf16"),
     ],
-    indirect=["bf16_instructions"],
 )
-@pytest.mark.usefixtures("bf16_instructions")
-def test_the_dtype_is_what_the_cpu_is_quick_at_or_what_is_wanted(wanted: str, dtype: str) -> None:
+def test_the_dtype_is_what_the_cpu_is_quick_at_or_what_is_wanted(
+    bf16_instructions: bool, wanted: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16_instructions)
     assert chosen_dtype(wanted) == dtype
-
-
-class Products(TorchDispatchMode):
-    """Notes the dtypes and the shape of every matrix product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[torch.dtype, torch.dtype, tuple[int, ...]]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default:
-            self.seen.add((args[0].dtype, args[1].dtype, tuple(found.shape)))
-        return found
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_rates_are_measured_in_the_dtype(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    for setting, value in (("WINDOW_S", 0.0), ("WINDOWS", 1), ("OUTSIDE_CACHE_BYTES", 1), ("ROWS", 32)):
-        monkeypatch.setattr(f"benchmarks.matmul.{setting}", value)
-    with Products() as products:
-        rates = measured_rates([(24, 16)], name)
-    assert set(rates) == {"forward 32x16x24", "gradient 32x24x16"}
-    assert min(rates.values()) > 0
-    assert products.seen == {(dtype, dtype, (32, 24)), (dtype, dtype, (32, 16))}
