@@ -3,6 +3,10 @@
 peft's own layer makes the adapter's output, its scaled copy and the sum as three more tensors of the output's size,
 and as many in backward. Here both products go into one tensor, and the frozen base weight gets no gradient.
 
+peft also rounds the base product before it adds the adapter's: in bf16 everything that the adapter has learnt vanishes
+as long as it is below half a step of the base product's last bit. Where products are made in fp32 (`wide_products`)
+the sum is rounded once, and shows.
+
 Shapes: M rows (all dimensions but the last), I input size, O output size, R rank.
 """
 
@@ -14,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .wide_products import widened
+from .wide_products import slow_dtypes, widened
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -77,6 +81,50 @@ def _dense(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
     return dequantize_4bit(weight, quant_state)
 
 
+class _WideProduct(torch.autograd.Function):
+    """x W^T + b, left in fp32. W is widened again in backward: kept, a copy of every layer would be in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias_O: torch.Tensor | None, quant_state: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.quant_state, ctx.bias_dtype = quant_state, None if bias_O is None else bias_O.dtype
+        dense_OI = _dense(weight, quant_state).float()
+        return torch.nn.functional.linear(x.float(), dense_OI, None if bias_O is None else bias_O.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad_MO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias_O = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_MO @ _dense(weight, ctx.quant_state).float()).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_MO.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias_O = grad_MO.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias_O, None
+
+
+class WideLinear:
+    """Put before the linear layers inside a LoRA layer: their output stays in fp32, for the sum."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., I) -> (..., O) in fp32."""
+        layer: Any = self
+        return _WideProduct.apply(x, layer.weight, layer.bias, getattr(layer.weight, "quant_state", None))  # type: ignore[return-value]  # untyped
+
+
+class RoundedLora:
+    """Put before one of peft's LoRA layers: the sum of its wide products is rounded to the dtype of the input."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As peft's: x (..., I) -> (..., O)."""
+        return super().forward(x, *args, **kwargs).to(x.dtype)  # type: ignore[misc]  # of the peft class that follows
+
+
 class FusedLora:
     """Put before one of peft's LoRA layers in the order of classes: its forward, where nothing speaks against it."""
 
@@ -106,19 +154,44 @@ def fuse(model: nn.Module) -> None:
 
     Not for ZeRO-3: it gathers weights when the sub-modules' own forwards run, which the fused one passes by; and as
     one unit (a leaf module) it would reduce the gradients of the first layer before they are there, since nothing
-    below it needs a gradient.
+    below it needs a gradient. See `round_once`.
     """
+    for module in _lora_layers(model):
+        module.__class__ = _with(FusedLora, type(module))
+
+
+def round_once(model: nn.Module) -> None:
+    """For ZeRO-3: let every LoRA layer whose products are made in fp32 add them up before it rounds, as the fused one does.
+
+    In place; names, parameters and the order in which sub-modules run stay as they are. Other layers are left alone.
+    """
+    for module in _lora_layers(model):
+        inner = [module.base_layer, *module.lora_A.values(), *module.lora_B.values()]
+        if _plain_adapter(module) is not None and all(_is_wide(layer) for layer in inner):
+            for layer in inner:
+                layer.__class__ = _with(WideLinear, type(layer))
+            module.__class__ = _with(RoundedLora, type(module))
+
+
+def _lora_layers(model: nn.Module) -> list[Any]:
     from peft.tuners import lora
 
-    for module in model.modules():
-        # By name: peft has its 4-bit layer only where bitsandbytes is installed.
-        if isinstance(module, lora.LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):
-            module.__class__ = _fused_class(type(module))
+    # By name: peft has its 4-bit layer only where bitsandbytes is installed.
+    kinds = ("Linear", "Linear4bit")
+    return [m for m in model.modules() if isinstance(m, lora.LoraLayer) and type(m).__name__ in kinds]
+
+
+def _is_wide(layer: Any) -> bool:
+    """Whether it is a linear layer of a dtype that is multiplied in fp32; of a 4-bit one the dtype it stands for counts."""
+    state = getattr(layer.weight, "quant_state", None)
+    dtype = layer.weight.dtype if state is None else state.dtype
+    return isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu" and dtype in slow_dtypes()
 
 
 @functools.cache
-def _fused_class(kind: type) -> Any:
-    return type(f"Fused{kind.__name__}", (FusedLora, kind), {})
+def _with(mixin: type, kind: type) -> Any:
+    """`kind` with the forward of `mixin`."""
+    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
 
 
 def _plain_adapter(layer: Any) -> str | None:

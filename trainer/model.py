@@ -68,8 +68,8 @@ def load_model(spec: TrainSpec, model_dir: str, device: torch.device) -> PackedL
     torch.manual_seed(optim.seed)
     base.requires_grad_(method.name == "full")
     trainable = base if method.name == "full" else _add_adapters(base, method, model)
-    if method.name != "full" and spec.parallel.zero_stage < 3:
-        lora_linear.fuse(trainable)
+    if method.name != "full":
+        (lora_linear.fuse if spec.parallel.zero_stage < 3 else lora_linear.round_once)(trainable)
     if optim.compile:
         compiled.compile_layers(base)
     else:

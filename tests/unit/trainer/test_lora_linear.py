@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.lora_linear import FusedLora, fuse
+from trainer import lora_linear, wide_products
+from trainer.lora_linear import FusedLora, RoundedLora, fuse, round_once
 
 
 def small_model(dropout: float = 0.0, bias: bool = False, **config: Any) -> Any:
@@ -127,3 +128,80 @@ def test_four_bit_layers_give_what_peft_gives() -> None:
         found.append([out.detach(), x.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
     for expected, value in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without bf16 instructions, whatever this one has."""
+    for module in (lora_linear, wide_products):
+        monkeypatch.setattr(module, "slow_dtypes", lambda: wide_products.NARROW)
+
+
+@pytest.mark.usefixtures("without_bf16")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_round_once_give_what_fp32_gives(dropout: float, bias: bool) -> None:
+    twin = small_model(dropout, bias).bfloat16().train()
+    round_once(twin)
+    assert sum(isinstance(m, RoundedLora) for m in twin.modules()) == 14
+    wide = small_model(dropout, bias).bfloat16().float().train()
+    for (name, layer), (_, exact) in zip(twin.named_modules(), wide.named_modules(), strict=True):
+        if not isinstance(layer, RoundedLora):
+            continue
+        x = torch.randn(2, 5, exact.base_layer.in_features).bfloat16().float().requires_grad_()
+        narrow = x.detach().bfloat16().requires_grad_()
+        found = []
+        for each, given in ((exact, x), (layer, narrow)):
+            torch.manual_seed(3)
+            out = each(given)
+            (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)).float().sum().backward()
+            found.append([out.detach(), given.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
+        # Dropout scales its input in bf16.
+        assert torch.equal(found[1][0], found[0][0].bfloat16()) or dropout, name
+        for expected, value in zip(*found, strict=True):
+            assert value.dtype == torch.bfloat16
+            error = (value.float() - expected).norm() / expected.norm()
+            assert error < 3e-2, name
+
+
+@pytest.mark.usefixtures("without_bf16")
+@pytest.mark.parametrize("kind", [fuse, round_once])
+def test_what_an_adapter_has_learnt_shows_below_half_a_step_of_the_base_output(kind: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64, bias=False))
+    model: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["0"])).bfloat16()  # type: ignore[arg-type]  # any module
+    layer = model.base_model.model[0]
+    x = torch.randn(4096, 64).bfloat16()
+    with torch.no_grad():
+        before = layer(x).float()
+        nn.init.normal_(layer.lora_B["default"].weight, std=2e-4)
+        learnt = (x.float() @ layer.lora_A["default"].weight.float().t()) @ layer.lora_B["default"].weight.float().t()
+        by_peft = layer(x).float() - before
+        kind(model)
+        found = layer(x).float() - before
+    # Along what was learnt: peft's rounding swallows nearly all of it.
+    assert ((found * learnt).sum() / learnt.square().sum()).item() == pytest.approx(1, abs=0.1)
+    assert ((by_peft * learnt).sum() / learnt.square().sum()).item() < 0.5
+
+
+@pytest.mark.usefixtures("without_bf16")
+def test_four_bit_layers_round_once_too() -> None:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    base = nn.Sequential(Linear4bit(64, 128, compute_dtype=torch.bfloat16, quant_type="nf4")).bfloat16().to("cpu")
+    model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]), autocast_adapter_dtype=False)  # type: ignore[arg-type]  # any module
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight, std=0.1)
+    twin = copy.deepcopy(model)
+    round_once(twin)
+    fuse(model)
+    assert isinstance(twin.base_model.model[0], RoundedLora)
+    x = torch.randn(5, 64).bfloat16()
+    torch.testing.assert_close(twin(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("without_bf16")
+def test_fp32_layers_and_unusual_adapters_do_not_change_by_round_once() -> None:
+    for model in (small_model(), small_model(use_dora=True).bfloat16()):
+        kinds = [type(m) for m in model.modules()]
+        round_once(model)
+        assert [type(m) for m in model.modules()] == kinds
