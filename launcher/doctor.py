@@ -47,7 +47,8 @@ _GB = 2**30
 _TORCH_PROBE = """
 import json, torch
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices}))
+bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "cpu_bf16": bf16}))
 """
 
 
@@ -160,7 +161,7 @@ def check_packages(found: Mapping[str, str | None], pins: Mapping[str, str]) -> 
 
 
 def probe_torch(executable: str = sys.executable, timeout_s: float = TORCH_TIMEOUT_S) -> dict[str, Any]:
-    """{version, cuda, devices} as a fresh process sees them, or {error}."""
+    """{version, cuda, devices, cpu_bf16: the CPU has bf16 instructions} as a fresh process sees them, or {error}."""
     argv = [executable, "-P", "-c", _TORCH_PROBE]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -191,6 +192,8 @@ def check_torch(info: Mapping[str, Any], num_cards: int) -> Check:
             "The driver may be too old for this CUDA version (see nvidia-smi), or CUDA_VISIBLE_DEVICES hides the cards."
         )
         return Check("torch", False, f"{text}, but the driver lists {num_cards} GPU(s)", fix)
+    if not info["devices"] and not info["cpu_bf16"]:
+        text += "\nno bf16 instructions on this CPU: bf16 and fp16 are multiplied in fp32, at its speed"
     return Check("torch", True, text)
 
 

@@ -103,13 +103,22 @@ def test_torch_that_hangs_is_given_up(tmp_path: Path) -> None:
 
 
 def test_torch_that_does_not_see_the_cards() -> None:
-    cpu_build = {"version": "2.13.0+cpu", "cuda": None, "devices": []}
-    blind = {"version": "2.13.0", "cuda": "13.0", "devices": []}
-    seeing = {"version": "2.13.0", "cuda": "13.0", "devices": ["H100"]}
+    cpu_build = {"version": "2.13.0+cpu", "cuda": None, "devices": [], "cpu_bf16": True}
+    blind = {"version": "2.13.0", "cuda": "13.0", "devices": [], "cpu_bf16": False}
+    seeing = {"version": "2.13.0", "cuda": "13.0", "devices": ["H100"], "cpu_bf16": False}
     assert doctor.check_torch(cpu_build, 0).ok is True
     assert doctor.check_torch(cpu_build, 1).ok is False
     assert "driver" in doctor.check_torch(blind, 1).fix
     assert doctor.check_torch(seeing, 1).ok is True
+
+
+def test_a_cpu_without_bf16_instructions_is_told_where_it_trains() -> None:
+    words = "multiplied in fp32"
+    for devices, bf16, told in (([], True, False), ([], False, True), (["H100"], False, False)):
+        info = {"version": "2.13.0", "cuda": "13.0", "devices": devices, "cpu_bf16": bf16}
+        check = doctor.check_torch(info, len(devices))
+        assert check.ok is True
+        assert (words in check.detail) == told
 
 
 def test_no_gpu_is_a_note() -> None:
