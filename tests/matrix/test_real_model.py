@@ -13,6 +13,9 @@ from support.many_runs import REAL, carry_out
 from support.matrix import Cell, check_cell, plan_cell, resumable, write_rows
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+HELD_OUT_TOLERANCE = {"fp32": 1e-5, "bf16": 4e-2}
+"""Of one row of 32 supervised tokens, where bf16's rounding does not average out: two stages differ as much as either
+does from one process."""
 RATE = {("full", "fp32"): 1e-6, ("full", "bf16"): 5e-6}
 ADAPTER_RATE = 5e-5
 """Low: where a gradient is all but zero its sign decides Adam's step, and a high rate amplifies every rounding. But five
@@ -38,6 +41,6 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
     carry_out(tmp_path, 2, [{"plan": str(copy / "plan.json"), "attempt": 2} for copy in copies], timeout_s=1200)
     for cell in cells:
         # The assertions are in there; `make test` runs the same ones.
-        worst = check_cell(tmp_path, cell, TOLERANCE[dtype])
+        worst = check_cell(tmp_path, cell, TOLERANCE[dtype], HELD_OUT_TOLERANCE[dtype])
         print(f"{cell.name}: worst deviation of a loss {worst:.1e}")
     shutil.rmtree(tmp_path)

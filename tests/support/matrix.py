@@ -77,25 +77,29 @@ def hand_over(run: Path, other: Path) -> None:
     shutil.copytree(run / step, other / step, copy_function=os.link)
 
 
-def check_cell(folder: Path, cell: Cell, tolerance: float) -> float:
+def check_cell(folder: Path, cell: Cell, tolerance: float, held_out_tolerance: float | None = None) -> float:
     """All that must hold of a cell. Returns the worst relative deviation of a step's loss."""
-    worst = check_losses(folder, cell, tolerance)
+    worst = check_losses(folder, cell, tolerance, held_out_tolerance)
     check_resumed(folder, cell)
     check_consolidated(folder, cell)
     return worst
 
 
-def check_losses(folder: Path, cell: Cell, tolerance: float) -> float:
-    """Returns the worst relative deviation of a step's loss from the simplest layout's."""
+def check_losses(folder: Path, cell: Cell, tolerance: float, held_out_tolerance: float | None = None) -> float:
+    """Returns the worst relative deviation of a step's loss from the simplest layout's.
+
+    `tolerance` is relative, and of held-out rows too unless they have one of their own.
+    """
     got, expected = losses(folder / cell.name), losses(folder / cell.reference.name)
     assert sorted(got) == [1, 2, 3, 4, 5]
-    assert expected[5] < expected[1] - 0.05
+    assert expected[5] < expected[1] - 0.03
     for step, loss in expected.items():
         assert got[step] == pytest.approx(loss, rel=tolerance), f"{cell.name}, step {step}"
     held_out, expected_held_out = (held_out_losses(folder / c.name) for c in (cell, cell.reference))
     assert sorted(held_out) == [0, 3, 5]
     for step, loss in expected_held_out.items():
-        assert held_out[step] == pytest.approx(loss, rel=tolerance), f"{cell.name}, held-out rows, step {step}"
+        wanted = pytest.approx(loss, rel=held_out_tolerance or tolerance)
+        assert held_out[step] == wanted, f"{cell.name}, held-out rows, step {step}"
     return max(abs(got[step] / loss - 1) for step, loss in expected.items())
 
 
