@@ -54,6 +54,8 @@ class MemoryInputs:
     zero_stage: int
     offload: str
     keep: int
+    copies_checkpoint: bool
+    """A checkpoint is written from a copy, while training goes on."""
 
     @property
     def num_trainable(self) -> int:
@@ -119,6 +121,7 @@ def inputs_of(spec: TrainSpec, facts: ModelFacts) -> MemoryInputs:
         zero_stage=spec.parallel.zero_stage,
         offload=spec.parallel.offload,
         keep=spec.checkpoint.keep,
+        copies_checkpoint=spec.checkpoint.asynchronous,
     )
 
 
@@ -131,6 +134,8 @@ def estimate(inputs: MemoryInputs) -> MemoryEstimate:
     if update.gb > sum(t.gb for t in working):
         working = [update]
     terms = [*held, *working, *_copies(inputs), _runtime(inputs)]
+    if inputs.device == "cpu":
+        terms.insert(-1, checkpoint_copy(inputs))
     subtotal = sum(t.gb for t in terms)
     terms.append(Term("slack", subtotal * _SLACK, f"{_SLACK:.0%} of the above for rounding and fragmentation"))
     checkpoint_gb = 12 * inputs.num_trainable / GB
@@ -324,11 +329,20 @@ def _runtime(inputs: MemoryInputs) -> Term:
     return Term("CUDA context", _CUDA_CONTEXT_GB + _NCCL_GB, f"{_CUDA_CONTEXT_GB} GB + {_NCCL_GB} GB NCCL buffers")
 
 
+def checkpoint_copy(inputs: MemoryInputs) -> Term:
+    """What one process copies before a checkpoint is written while training goes on."""
+    shards = inputs.shards if inputs.zero_stage >= 1 else 1
+    num_bytes = 12 * inputs.num_trainable / shards if inputs.copies_checkpoint else 0.0
+    cut = f" / {shards} shards" if shards > 1 else ""
+    return Term("checkpoint copy", num_bytes / GB, f"{_billions(inputs.num_trainable)} x 12 bytes{cut}")
+
+
 def _host(inputs: MemoryInputs) -> tuple[Term, ...]:
+    copy = (checkpoint_copy(inputs),) if inputs.copies_checkpoint and inputs.device == "cuda" else ()
     if not inputs.moves_to_host:
-        return ()
+        return copy
     num_bytes, text = _optimizer_bytes(inputs)
-    terms = [Term("optimizer", num_bytes / GB, text), _gradients_on_host(inputs)]
+    terms = [Term("optimizer", num_bytes / GB, text), _gradients_on_host(inputs), *copy]
     if inputs.offload == "parameters":
         base, _, text = _base_bytes(inputs)
         terms.append(Term("weights", base / inputs.shards / GB, f"({text}) / {inputs.shards} shards"))

@@ -34,7 +34,7 @@ from .layout import Layout, decide_layout, simplest_layout
 from .memory import MemoryEstimate, inputs_of
 from .model_facts import ModelFacts
 from .model_source import SourceRef
-from .plan_memory import budget_gb, estimate_plan, memory_warnings
+from .plan_memory import budget_gb, estimate_plan, has_room_for_a_copy, memory_warnings
 from .recipe import LoadedRecipe
 from .recipe_schema import Recipe
 from .run_dir import RunDir
@@ -107,6 +107,9 @@ def plan_run(
         raise PlanError(_located(loaded, layout.problems))
     spec = _spec(loaded, selection, source, layout, run, options)
     spec = dataclasses.replace(spec, deepspeed=deepspeed_config(spec.model, spec.optim, spec.parallel))
+    if facts and recipe.checkpoint.async_ == "auto":
+        beside = has_room_for_a_copy(inputs_of(spec, facts), selection, options.host_memory_gb)
+        spec = dataclasses.replace(spec, checkpoint=dataclasses.replace(spec.checkpoint, asynchronous=beside))
     memory = estimate_plan(spec, facts)
     warnings = [
         *loaded.notes,
@@ -187,7 +190,12 @@ def _spec(
             threads_per_process=selection.threads_per_process,
             timeout_s=recipe.run.timeout_s,
         ),
-        checkpoint=CheckpointSpec(every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep),
+        checkpoint=CheckpointSpec(
+            every_steps=recipe.checkpoint.every_steps,
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.async_ is True,
+            on_error=recipe.checkpoint.on_error,
+        ),
         evaluate=_evaluate(recipe),
         paths=run.paths(),
         deepspeed={},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cluster.inventory import Selection
 from trainer.spec import TrainSpec
 
-from .memory import MemoryEstimate, estimate, inputs_of
+from .memory import MemoryEstimate, MemoryInputs, checkpoint_copy, estimate, inputs_of
 from .memory_change import smallest_change
 from .model_facts import ModelFacts
 
@@ -20,6 +22,18 @@ def budget_gb(selection: Selection, host_gb: float) -> float:
     if selection.kind == "cpu":
         return host_gb / selection.num_processes
     return min(d.memory_free_gb for d in selection.devices)
+
+
+def has_room_for_a_copy(inputs: MemoryInputs, selection: Selection, host_gb: float) -> bool:
+    """Whether `checkpoint.async: auto` copies: on CPU a tenth of what the process needs, on GPUs half of the host's memory.
+
+    False where the host's memory is unknown.
+    """
+    inputs = replace(inputs, copies_checkpoint=True)
+    needs, copy_gb = estimate(inputs), checkpoint_copy(inputs).gb
+    if selection.kind == "cpu":
+        return copy_gb <= needs.total_gb / 10 and needs.total_gb <= budget_gb(selection, host_gb)
+    return sum(t.gb for t in needs.host_terms) * selection.num_processes <= host_gb / 2
 
 
 def memory_warnings(
@@ -43,6 +57,8 @@ def memory_warnings(
             warnings.append(f"about {needs:.1f} GB are needed per process, {name} has {has:.1f} GB for it{advice}")
     moved = sum(t.gb for t in memory.host_terms) * selection.num_processes
     if host_gb and moved > host_gb:
-        text = f"parallel.offload {spec.parallel.offload} needs about {moved:.0f} GB of CPU memory"
-        warnings.append(f"{text}, this host has {host_gb:.0f} GB")
+        what = [f"parallel.offload {spec.parallel.offload}"] * (spec.parallel.offload != "none")
+        what += ["the copy of checkpoint.async"] * spec.checkpoint.asynchronous
+        needing = " and ".join(what) + (" needs" if len(what) == 1 else " need")
+        warnings.append(f"{needing} about {moved:.0f} GB of CPU memory, this host has {host_gb:.0f} GB")
     return warnings

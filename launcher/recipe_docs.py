@@ -191,7 +191,7 @@ def generated_files() -> dict[Path, str]:
 def origin_rows(loaded: LoadedRecipe) -> list[tuple[str, str, str]]:
     """(dotted path, value, "file:line" | "--set" | "default") for every value of the recipe, defaults included."""
     rows: list[tuple[str, str, str]] = []
-    for path, value in _leaves(loaded.recipe.model_dump(), ""):
+    for path, value in _leaves(loaded.recipe.model_dump(by_alias=True), ""):
         origin = loaded.origins.get(path, "default")
         if value is not None or origin != "default":
             rows.append((path, "null" if value is None else _plain_text(value).replace("\n", "\\n"), origin))

@@ -73,7 +73,7 @@ def keys_of(path: str) -> list[str]:
 def _walk(model: type[BaseModel], prefix: str) -> list[Field]:
     found: list[Field] = []
     for name, info in model.model_fields.items():
-        path = f"{prefix}{name}"
+        path = f"{prefix}{info.alias or name}"
         section = _section_of(info.annotation)
         is_list = get_origin(info.annotation) is list
         found.append(_field(path, info, section, is_list))

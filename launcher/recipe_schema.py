@@ -132,7 +132,11 @@ class Checkpoint(Section):
     every_steps: int = Field(default=200, ge=0)
     """Save a checkpoint every N optimizer steps, and at the end; 0 saves only at the end."""
     keep: Positive = 2
-    """Keep this many newest checkpoints."""
+    """Keep this many newest checkpoints; an older one goes when the new one is written, read back and published."""
+    async_: bool | Literal["auto"] = Field(default="auto", alias="async")
+    """Write while training goes on, from a copy of the trained weights and their optimizer state (12 bytes a parameter) in CPU memory; auto: where there is room for it."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (disk full, read-only, failing): stop, or go on and try again at the next one; the last one of a run always stops."""
 
 
 class Prompt(Section):

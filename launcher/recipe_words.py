@@ -47,6 +47,7 @@ _KEYS = {
     "parallel.offload": "offload_optimizer offload_param cpu_offload",
     "checkpoint.every_steps": "save_steps save_interval checkpoint_interval",
     "checkpoint.keep": "save_total_limit max_keep_ckpts keep_checkpoint_max",
+    "checkpoint.async": "async_save asynchronous async_checkpoint",
     "evaluate.prompts": "evaluation_inputs eval_prompts questions",
     "evaluate.samples_every_steps": "evaluation_freq generate_every",
     "evaluate.loss_every_steps": "eval_steps eval_interval val_interval",

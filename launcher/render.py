@@ -78,7 +78,8 @@ def _checkpoint_line(plan: Plan) -> str:
     checkpoint = plan.spec.checkpoint
     when = f"every {checkpoint.every_steps} steps and at the end" if checkpoint.every_steps else "at the end"
     size = f", {plan.memory.checkpoint_gb:.2f} GB each" if plan.memory is not None else ""
-    return f"{when}, the newest {checkpoint.keep} are kept{size}"
+    how = "written while training goes on" if checkpoint.asynchronous else "training waits"
+    return f"{when}, the newest {checkpoint.keep} are kept{size}; {how}"
 
 
 def _compact(config: dict[str, object]) -> str:

@@ -1,173 +1,31 @@
-"""Saving and resuming training: each rank writes the fragments it owns, and a manifest makes them a checkpoint.
+"""Resuming training from a checkpoint: finding the newest whole one, and reading it into any layout of ranks.
 
-Nothing is pickled. A folder without a manifest does not exist for the reader; a crash at any instant leaves the
-earlier checkpoints untouched. The format is documented in checkpoint_format.py.
+Nothing is unpickled. A folder without a manifest does not exist for the reader. `saver` writes what is read here; the
+format is documented in checkpoint_format.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from .checkpoint_format import (
-    Manifest,
-    ShardFile,
-    list_checkpoints,
-    newest_verified,
-    read_manifest,
-    sha256_file,
-    write_manifest,
-)
+from .checkpoint_format import Manifest, newest_verified, read_manifest
 from .engine import (
     STATES,
     Fragment,
     Ranks,
     full_shape,
     local_fragments,
-    loss_scaler_state,
-    optimizer_step,
     set_loss_scaler_state,
     set_optimizer_step,
     weight_slice,
 )
 from .model import PackedLanguageModel
 from .spec import TrainError, TrainSpec
-
-
-def save(engine: Any, spec: TrainSpec, ranks: Ranks, progress: dict[str, int]) -> Path:
-    """Write checkpoints/step_N and prune the old ones. Collective: every rank must call.
-
-    `progress` is kept as the manifest's `state`. Raises TrainError (exit 2) when the disk refuses; what was saved
-    before is not touched.
-    """
-    root = Path(spec.paths.checkpoints_dir)
-    final = root / f"step_{progress['step']:06d}"
-    partial = root / f"{final.name}.partial"
-    try:
-        if ranks.rank == 0:
-            # Left by a kill; each may be as large as a checkpoint.
-            for remains in root.glob("*.partial"):
-                shutil.rmtree(remains)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        _write_shard(engine, partial, ranks)
-        dist.barrier()
-        if ranks.rank == 0:
-            shards = [_take_row(partial, rank) for rank in range(ranks.world_size)]
-            write_manifest(partial, _manifest(engine, spec, shards, progress))
-            _publish(partial, final)
-            _prune(root, progress["step"], spec.checkpoint.keep)
-    except (OSError, SafetensorError) as e:
-        # safetensors reports a full disk as an error of its own, with the system's words in it.
-        reason = e.strerror if isinstance(e, OSError) else str(e)
-        raise TrainError(
-            f"cannot write the checkpoint {final}: {reason}",
-            "The earlier checkpoints are whole. Free some space, then: launch runs resume " + spec.run_id,
-        ) from e
-    dist.barrier()
-    return final
-
-
-def _write_shard(engine: Any, folder: Path, ranks: Ranks) -> None:
-    """The rank's shard, and beside it the row that describes it.
-
-    The row goes to rank 0 as a file: gloo copies objects of this size in threads of its own, each of which starts an
-    OpenMP team, and with more threads than cores every later parallel region of the process is half as fast.
-    """
-    tensors: dict[str, torch.Tensor] = {"rng|torch": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        tensors["rng|cuda"] = torch.cuda.get_rng_state(ranks.device)
-    fragments: dict[str, tuple[int, int]] = {}
-    # Under ZeRO-0 every rank holds the same whole tensors: one copy is enough.
-    writes = ranks.rank == 0 or engine.zero_optimization_stage() > 0
-    for fragment in local_fragments(engine) if writes else ():
-        fragments[fragment.name] = (fragment.start, fragment.numel)
-        tensors |= {f"{fragment.name}|{key}": fragment.tensors[key].cpu() for key in STATES}
-    path = folder / f"rank_{ranks.rank:05d}.safetensors"
-    save_file(tensors, str(path))
-    _fsync(path)
-    row = ShardFile(path.name, ranks.rank, path.stat().st_size, sha256_file(path), fragments)
-    _row_file(folder, ranks.rank).write_text(json.dumps(dataclasses.asdict(row)), encoding="utf-8")
-
-
-def _row_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05d}.json"
-
-
-def _take_row(folder: Path, rank: int) -> ShardFile:
-    path = _row_file(folder, rank)
-    row = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
-    return ShardFile(**{**row, "fragments": {name: tuple(place) for name, place in row["fragments"].items()}})
-
-
-def _manifest(engine: Any, spec: TrainSpec, shards: list[ShardFile], progress: dict[str, int]) -> Manifest:
-    model: PackedLanguageModel = engine.module
-    peft_config = getattr(model.model, "peft_config", None)
-    return Manifest(
-        run_id=spec.run_id,
-        step=progress["step"],
-        world_size=spec.parallel.world_size,
-        dp=spec.parallel.dp,
-        sp=spec.parallel.sp,
-        zero_stage=spec.parallel.zero_stage,
-        method=spec.method.name,
-        dtype=spec.model.dtype,
-        base_model=spec.model.source,
-        parameters={name: full_shape(p) for name, p in model.trainable().items()},
-        adapter_config=_adapter_config(peft_config["default"], spec) if peft_config else None,
-        files=tuple(shards),
-        state={**progress, "optimizer_step": optimizer_step(engine), "loss_scaler": loss_scaler_state(engine)},
-    )
-
-
-def _adapter_config(peft_config: Any, spec: TrainSpec) -> dict[str, Any]:
-    """adapter_config.json as PEFT would save it, with the base named so that PEFT can find it."""
-    config = peft_config.to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config["inference_mode"] = True
-    if spec.model.kind == "hub":
-        config["base_model_name_or_path"] = spec.model.location
-    return config
-
-
-def _publish(partial: Path, final: Path) -> None:
-    if final.exists():
-        # The same step saved again after a resume: the old folder goes aside first, so that one of them always exists.
-        aside = final.with_name(final.name + ".old.partial")
-        os.replace(final, aside)
-        os.replace(partial, final)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, final)
-    _fsync(final.parent)
-
-
-def _prune(root: Path, newest_step: int, keep: int) -> None:
-    """Remove all but the newest `keep`. A later step than the one just saved was skipped on resume: it counts for nothing."""
-    trusted = [path for step, path in list_checkpoints(root) if step <= newest_step]
-    for path in trusted[keep:]:
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
-        dying = path.with_name(path.name + ".old.partial")
-        os.replace(path, dying)
-        shutil.rmtree(dying)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def find(spec: TrainSpec, ranks: Ranks) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -206,11 +206,13 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest, read in blocks. Raises OSError."""
+def sha256_file(path: Path, from_disk: bool = False) -> str:
+    """Hex digest, read in blocks; `from_disk` lets the kernel forget its copy first. Raises OSError."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(HASH_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as f:
+        if from_disk:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while size := f.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()

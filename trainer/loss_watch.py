@@ -79,7 +79,7 @@ class LossWatch:
     def look(self, step: Step, number: int) -> dict[str, Any] | None:
         """Take in what the 1-based step `number` did. Returns the fields of a `loss_spike` event.
 
-        Raises TrainError after MAX_SKIPS_IN_A_ROW skipped steps, on every rank.
+        Raises NotFiniteError after MAX_SKIPS_IN_A_ROW skipped steps, on every rank.
         """
         if step.skipped:
             # It changed no weight, so nothing is expected of its loss.
@@ -102,9 +102,9 @@ class LossWatch:
             "rows_left_out": max(0, len(sources) - MAX_EVENT_ROWS),
         }
 
-    def _too_many_skips(self, step: int, loss_scale: float) -> TrainError:
+    def _too_many_skips(self, step: int, loss_scale: float) -> NotFiniteError:
         file = keep_batch("gradient", step, _all_places(self.spec), self.spec, self.ranks, self.data)
-        return TrainError(
+        return NotFiniteError(
             f"{self.skipped_in_a_row} steps in a row were skipped: the fp16 gradient is not finite even at loss scale "
             f"{loss_scale:g}",
             f"Use model.dtype: bf16 or fp32, or lower train.learning_rate. The last batch is kept in {file}, "
@@ -121,9 +121,13 @@ def what_is_not_finite(dtype: str, loss: float, grad_norm: float, skipped: bool)
     return "" if math.isfinite(grad_norm) and not skipped else "gradient"
 
 
+class NotFiniteError(TrainError):
+    """A loss, gradient, weight or moment is not finite; raised on every rank at the same step."""
+
+
 def not_finite(
     what: str, step: int, micro_losses: Sequence[torch.Tensor], spec: TrainSpec, ranks: Ranks, data: TokenData
-) -> TrainError:
+) -> NotFiniteError:
     """The error for the 0-based `step`; its batch is kept in a file. Collective: every rank must call.
 
     `micro_losses`: this rank's loss of each micro batch. Where losses are not finite, the rows of those micro batches
@@ -136,7 +140,7 @@ def not_finite(
     places = places or _all_places(spec)
     file = keep_batch(what, step, places, spec, ranks, data)
     rows = rows_of_step(step, spec, data)
-    return TrainError(
+    return NotFiniteError(
         f"the {what} of step {step + 1} is not finite; its rows are\n"
         f"{_listed(sources_of([r for rank, micro in places for r in rows[rank][micro]], data))}",
         f"Look at these rows, whose tokens are in {file}; lower train.learning_rate"
@@ -146,7 +150,7 @@ def not_finite(
 
 
 def require_finite_weights(engine: Any, step: int, spec: TrainSpec, ranks: Ranks) -> None:
-    """Raises TrainError, on every rank, when what a checkpoint of the 1-based `step` would hold is not finite.
+    """Raises NotFiniteError, on every rank, when what a checkpoint of the 1-based `step` would hold is not finite.
 
     A finite gradient may still carry a weight beyond what the dtype holds, and the next loss comes after the checkpoint.
     Collective: every rank must call.
@@ -161,7 +165,7 @@ def require_finite_weights(engine: Any, step: int, spec: TrainSpec, ranks: Ranks
     count = torch.tensor(float(bad), device=ranks.device)
     dist.all_reduce(count)
     if count.item():
-        raise TrainError(
+        raise NotFiniteError(
             f"after step {step} weights or moments are not finite in {spec.model.dtype}: it was not saved",
             "Lower train.learning_rate"
             f"{'' if spec.model.dtype == 'fp32' else ', or use model.dtype: fp32'}. The last checkpoint is kept.",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SPEC_VERSION = 3
+SPEC_VERSION = 4
 
 EXIT_OK = 0
 EXIT_USER = 2
@@ -143,6 +143,10 @@ class CheckpointSpec:
     every_steps: int
     """0 means only at the end."""
     keep: int
+    asynchronous: bool
+    """Written by a thread, from a copy, while training goes on."""
+    on_error: str
+    """stop | continue."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nothing here holds a whole tensor unless asked for one: memory is a few pieces o
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from .tensor_header import FLOAT_DTYPES, TensorEntry, TensorSpec, pack_header, r
 CHUNK = 2**18
 """Elements converted at a time: 1 MiB of fp32, so that the passes of a rounding stay in the processor's cache."""
 COPY_BYTES = 2**26
+HASHED_BYTES = 2**22
+"""Written, and hashed while they are in the processor's cache, at a time."""
 AHEAD = 16
 """Pieces that may be computed before the first of them is written."""
 
@@ -94,11 +97,18 @@ class SafetensorsWriter:
     """Writes a safetensors file front to back: header first, then the tensors in the order of `tensors`.
 
     Use as a context manager; a normal end checks that every tensor is complete and flushes the file to the disk.
-    Raises TrainError when the disk refuses.
+    Raises TrainError when the disk refuses. With `hashed`, `sha256` is known at the end without reading it again.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[TensorSpec],
+        metadata: dict[str, str] | None = None,
+        hashed: bool = False,
+    ) -> None:
         self.path = path
+        self._digest = hashlib.sha256() if hashed else None
         self._left = [(tensor.name, tensor.nbytes) for tensor in reversed(tensors)]
         header = pack_header(tensors, metadata or {"format": "pt"})
         with self._writing():
@@ -155,10 +165,18 @@ class SafetensorsWriter:
         else:
             self._left[-1] = (name, left - size)
 
+    def sha256(self) -> str:
+        """Hex digest of all that was written; `copy` must not have been used."""
+        assert self._digest is not None
+        return self._digest.hexdigest()
+
     def _write_all(self, data: memoryview) -> None:
-        with self._writing():
-            while data:
-                data = data[os.write(self._fd, data) :]
+        while data:
+            with self._writing():
+                size = os.write(self._fd, data[:HASHED_BYTES])
+            if self._digest is not None:
+                self._digest.update(data[:size])
+            data = data[size:]
 
     def _writing(self) -> Any:
         return writing(self.path, _KEPT)

@@ -7,11 +7,11 @@ does not depend on how the rows are spread over micro batches or devices.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from .data import Batch, TokenData, num_steps, step_rows
 from .debug_view import check_losses, first_batch_page
 from .engine import Ranks, build_engine, clip_whole_gradient, init_ranks, loss_scaler_state, set_learning_rate
 from .held_out import HeldOut
-from .loss_watch import LossWatch, not_finite, require_finite_weights, rows_of_step, what_is_not_finite
+from .loss_watch import LossWatch, NotFiniteError, not_finite, require_finite_weights, rows_of_step, what_is_not_finite
 from .metrics import peak_memory_gb
 from .model import load_model
 from .profiler import StepProfiler
 from .progress import Progress, Step
 from .sampling import Sampler
+from .saver import Saver
 from .sequence_parallel import rank_batch
 from .spec import EXIT_INTERRUPTED, OptimSpec, Prepared, TrainSpec, read_plan
 from .template import ChatTemplate, load_template
@@ -83,34 +84,46 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     if spec.debug:
         print(first_batch_page(_template(spec, prepared), first_batch(spec, data, ranks)), flush=True)
     watch, profiler = LossWatch(spec, ranks, data), StepProfiler(spec, ranks, progress.step + 1, total_steps)
+    saver = Saver(engine, spec, ranks)
     losses: list[float] = []
-    while progress.step < total_steps:
-        rate = learning_rate(progress.step, total_steps, spec.optim)
-        set_learning_rate(engine, rate)
-        with profiler.step(progress.step + 1):
-            step = train_step(engine, spec, data, ranks, progress.step)
-        losses.append(step.loss)
-        progress.advance(step, spec)
-        done, stopping = progress.step == total_steps, step.stop_requested
-        log.stepped(step, progress, rate, profiled=profiler.records(progress.step))
-        profiler.stepped(progress.step, step, last=done or stopping)
-        log.spiked(progress.step, watch.look(step, progress.step))
-        if spec.evaluate.samples_every_steps and progress.step % spec.evaluate.samples_every_steps == 0:
-            sampler.answer(engine.module, progress.step)
-        every = spec.checkpoint.every_steps
-        if done or stopping or (every and progress.step % every == 0):
-            began = time.perf_counter()
-            require_finite_weights(engine, progress.step, spec, ranks)
-            log.saved(checkpoint.save(engine, spec, ranks, progress.state()), time.perf_counter() - began)
-        if held_out.is_due(progress.step) and not (stopping and not done):
-            log.held_out(progress.step, held_out.loss(engine))
-        if stopping and not done:
-            log.stopped(progress)
-            return True
+    with _finishing(saver, log):
+        while progress.step < total_steps:
+            rate = learning_rate(progress.step, total_steps, spec.optim)
+            set_learning_rate(engine, rate)
+            with profiler.step(progress.step + 1):
+                step = train_step(engine, spec, data, ranks, progress.step)
+            losses.append(step.loss)
+            progress.advance(step, spec)
+            done, stopping = progress.step == total_steps, step.stop_requested
+            log.saved(saver.poll())
+            log.stepped(step, progress, rate, profiled=profiler.records(progress.step))
+            profiler.stepped(progress.step, step, last=done or stopping)
+            log.spiked(progress.step, watch.look(step, progress.step))
+            if spec.evaluate.samples_every_steps and progress.step % spec.evaluate.samples_every_steps == 0:
+                sampler.answer(engine.module, progress.step)
+            every = spec.checkpoint.every_steps
+            if done or stopping or (every and progress.step % every == 0):
+                require_finite_weights(engine, progress.step, spec, ranks)
+                log.saved(saver.save(progress.state(), last=done or stopping))
+            if held_out.is_due(progress.step) and not (stopping and not done):
+                log.held_out(progress.step, held_out.loss(engine))
+            if stopping and not done:
+                log.stopped(progress)
+                return True
     if spec.debug:
         print(check_losses(losses), flush=True)
     log.finished(progress)
     return False
+
+
+@contextlib.contextmanager
+def _finishing(saver: Saver, log: Log) -> Iterator[None]:
+    """What all ranks run into together costs no checkpoint that is still being written."""
+    try:
+        yield
+    except NotFiniteError:
+        log.saved(saver.finish())
+        raise
 
 
 def first_batch(spec: TrainSpec, data: TokenData, ranks: Ranks) -> Batch:

@@ -13,6 +13,7 @@ from .held_out import HeldOutLoss
 from .metrics import append_line, event, peak_memory_gb
 from .model import PackedLanguageModel
 from .progress import Progress, Step
+from .saver import Saved
 from .spec import TrainSpec
 from .throughput import Throughput
 
@@ -116,10 +117,25 @@ class Log:
             flush=True,
         )
 
-    def saved(self, folder: Path, seconds: float) -> None:
-        if self.enabled:
-            print(f"saved {folder.name} in {seconds:.2f} s", flush=True)
-        self._event("checkpoint_saved", checkpoint=folder.name, seconds=round(seconds, 3))
+    def saved(self, ended: list[Saved]) -> None:
+        """Saves that have ended since the last call, well or not."""
+        for save in ended:
+            if save.problem is not None:
+                if self.enabled:
+                    print(f"WARNING: {save.problem}\nTraining goes on (checkpoint.on_error: continue).", flush=True)
+                self._event("checkpoint_failed", checkpoint=save.name, problem=save.problem.message)
+                continue
+            if self.enabled:
+                print(
+                    f"saved {save.name} in {save.seconds:.2f} s, training stood still for {save.stalled_s:.2f} s",
+                    flush=True,
+                )
+            self._event(
+                "checkpoint_saved",
+                checkpoint=save.name,
+                seconds=round(save.seconds, 3),
+                stalled_s=round(save.stalled_s, 3),
+            )
 
     def stopped(self, progress: Progress) -> None:
         self._event("train_stopped", step=progress.step, skipped_steps=progress.skipped_steps)

@@ -47,7 +47,8 @@ def flags() -> Iterator[str]:
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    for attribute, field in model.model_fields.items():
+        name = field.alias or attribute
         inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
         sections = [t for t in inner if issubclass(t, BaseModel)]
         yield from (keys(sections[0], f"{prefix}{name}.") if sections else [f"{prefix}{name}"])

@@ -98,6 +98,7 @@ def memory(num_parameters: int) -> MemoryInputs:
         zero_stage=2,
         offload="none",
         keep=2,
+        copies_checkpoint=False,
     )
 
 

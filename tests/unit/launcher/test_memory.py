@@ -49,6 +49,7 @@ def inputs(source: str = SEVEN_B, **changes: Any) -> MemoryInputs:
         zero_stage=2,
         offload="none",
         keep=2,
+        copies_checkpoint=False,
     )
     return dataclasses.replace(base, **changes)
 

@@ -59,7 +59,7 @@ def test_unknown_keys_name_the_nearest(lines: str, where: str, message: str) -> 
 
 
 def test_unknown_key_lists_what_is_allowed() -> None:
-    assert only(HEAD + "checkpoint:\n  zzz: 1\n").hint == "Allowed under checkpoint: every_steps, keep"
+    assert only(HEAD + "checkpoint:\n  zzz: 1\n").hint == "Allowed under checkpoint: every_steps, keep, async, on_error"
 
 
 @pytest.mark.parametrize(
