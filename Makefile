@@ -1,4 +1,4 @@
-# make demo | test | test-cluster | check | clean. Needs Python 3.11, make and nothing else; everything is installed into .venv.
+# make demo | test | test-cluster | chaos | check | clean. Needs Python 3.11, make and nothing else; everything is installed into .venv.
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,6 +13,7 @@ help:
 	@echo "make demo          install, then fine-tune a real 135M model and show it before and after"
 	@echo "make test          install, then run every test"
 	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root and iproute2)"
+	@echo "make chaos         kill a saving run 200 times, fill its disk; writes docs/chaos.md"
 	@echo "make matrix        every method, ZeRO stage and dtype on a real model"
 	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
 	@echo "make check         format, lint, types, unit and architecture tests (under a minute)"
@@ -43,6 +44,10 @@ test-cluster: install
 	@command -v ip >/dev/null && [ "$$(id -u)" = 0 ] || {
 	  echo "make test-cluster makes its hosts itself, from network namespaces: it needs root and ip (apt install iproute2)"; exit 2; }
 	$(BIN)/python -m pytest -q --durations=5 tests/hosts
+
+# CHAOS=N: N kills at random after those at every boundary; `.ci/run` takes none (about 4 minutes).
+chaos: install
+	@TUNELAUNCH_CHAOS_KILLS=$(or $(CHAOS),200) $(BIN)/python -m pytest -q -s tests/chaos
 
 matrix: install
 	@$(BIN)/python -m pytest -q -s tests/matrix

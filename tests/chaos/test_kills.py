@@ -9,11 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.chaos import Chain, Server, Table, every_loss, plan_chaos, saved_steps
+from support.commands import FP32, LAUNCH, ROOT, losses, train_only, wait_until, worker_pids
+
+from trainer.checkpoint_format import newest_verified
 
 KILLS = int(os.environ.get("TUNELAUNCH_CHAOS_KILLS", "0"))
 CHAINS = {"ZeRO-2, training waits": (2, False), "ZeRO-3, written beside training": (3, True)}
@@ -37,8 +43,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def table() -> Table:
-    return Table()
+def table() -> Iterator[Table]:
+    """Of all tests; the long ones leave it as a page."""
+    found = Table()
+    yield found
+    if KILLS:
+        (ROOT / "docs" / "chaos.md").write_text(found.page(KILLS), encoding="utf-8")
 
 
 def straight_losses(server: Server, folder: Path, name: str, steps: int) -> dict[int, float]:
@@ -80,7 +90,7 @@ def test_no_kill_costs_more_than_the_save_it_falls_into(
 
 
 def test_a_disk_that_refuses_costs_one_checkpoint_or_the_run_but_never_an_earlier_one(
-    server: Server, tmp_path: Path
+    server: Server, table: Table, tmp_path: Path
 ) -> None:
     zero, asynchronous = CHAINS["ZeRO-2, training waits"]
     steps = 300
@@ -100,6 +110,7 @@ def test_a_disk_that_refuses_costs_one_checkpoint_or_the_run_but_never_an_earlie
         told = goes_on.log(0).rpartition("WARNING")[2]
         assert os.strerror(getattr(errno, error)) in told, f"{error} at {label}"
         assert f"step_{first + 2:06d}" in told
+        table.refusals[error, "training goes on"] += 1
 
     run = plan_chaos(tmp_path, "stops", zero, asynchronous, steps)
     stops = Chain(server, run, straight, Table())
@@ -113,3 +124,37 @@ def test_a_disk_that_refuses_costs_one_checkpoint_or_the_run_but_never_an_earlie
         assert saved_steps(run)[0] == first + 1, label
         assert "No space left on device" in stops.log(0)
         assert "launch runs resume" in stops.log(0)
+        table.refusals["ENOSPC", "the run stops, exit 2"] += 1
+
+
+def test_killed_launchers(environment: dict[str, str], table: Table, tmp_path: Path) -> None:
+    """The command itself, with kill -9 at a random time after its first save: no worker stays, and resume goes on."""
+    folder = tmp_path / "recipes"
+    shutil.copytree(ROOT / "recipes", folder)
+    text = (folder / "tiny_cpu.yaml").read_text(encoding="utf-8").replace("epochs: 10", "max_steps: 600")
+    (folder / "often.yaml").write_text(text.replace("every_steps: 10", "every_steps: 1"), encoding="utf-8")
+    straight = losses(train_only(folder, "often.yaml", 2, "straight", ["model.dtype=fp32"]))
+    rng = random.Random(0)
+    command, run = [LAUNCH, "often.yaml", "--cpu", "2", *FP32], folder / "runs" / "killed"
+    arguments = ["--run-dir", str(run)]
+    compared = 0
+    for _ in range(max(KILLS // 10, 2)):
+        before = saved_steps(run)
+        with (tmp_path / "log").open("w") as log:
+            launcher = subprocess.Popen([*command, *arguments], cwd=folder, env=environment, stdout=log, stderr=log)
+        wait_until(lambda known=before: saved_steps(run)[:1] != known[:1], what="a new checkpoint")
+        time.sleep(rng.uniform(0, 2))
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not worker_pids(run), 10, "no worker left")
+        newest, skipped = newest_verified(run / "checkpoints")
+        assert skipped == []
+        assert newest is not None
+        taken = every_loss(run)
+        assert [loss for _, loss in taken[compared:]] == [straight[step] for step, _ in taken[compared:]]
+        assert taken[compared][0] == max(before, default=0) + 1
+        table.steps_compared += len(taken) - compared
+        table.resumes += compared > 0
+        table.kills["launcher", "a random time"] += 1
+        compared = len(taken)
+        command, arguments = [LAUNCH, "runs", "resume"], [str(run)]

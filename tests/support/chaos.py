@@ -18,14 +18,14 @@ from support.many_runs import TINY, planned
 from support.matrix import write_rows
 from trainer.checkpoint_format import list_checkpoints, newest_verified, verify
 
-WORLD = 2
+WORLD, KEEP = 2, 2
 RECIPE = """
 model: {{source: "{source}", dtype: fp32}}
 method: {{name: full}}
 data: {{files: rows.jsonl, max_length: 64}}
 train: {{max_steps: {steps}, micro_batch: 1, global_batch: 2, learning_rate: 1e-4}}
 parallel: {{zero: {zero}}}
-checkpoint: {{every_steps: 1, keep: 2, async: {asynchronous}, on_error: {on_error}}}
+checkpoint: {{every_steps: 1, keep: {keep}, async: {asynchronous}, on_error: {on_error}}}
 """
 
 
@@ -72,7 +72,9 @@ def plan_chaos(folder: Path, name: str, zero: int, asynchronous: bool, steps: in
     """A planned and prepared run of the tiny model that saves after every step. Returns its folder."""
     if not (folder / "rows.jsonl").exists():
         write_rows(folder, 8)
-    text = RECIPE.format(source=TINY, zero=zero, asynchronous=str(asynchronous).lower(), steps=steps, on_error=on_error)
+    text = RECIPE.format(
+        source=TINY, keep=KEEP, zero=zero, asynchronous=str(asynchronous).lower(), steps=steps, on_error=on_error
+    )
     (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return planned(folder, f"{name}.yaml", name, WORLD)
 
@@ -96,14 +98,29 @@ class Table:
     resumes: int = 0
     steps_compared: int = 0
 
-    def rows(self) -> list[str]:
-        points = dict.fromkeys(point for _, point in self.kills)
+    refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(error, what happened) -> how often."""
+
+    def page(self, num_random: int) -> str:
+        """docs/chaos.md."""
         who = sorted({who for who, _ in self.kills})
-        lines = ["| killed before | " + " | ".join(who) + " |", "|---|" + "---|" * len(who)]
-        for point in points:
-            cells = (str(self.kills.get((w, point), 0) or "") for w in who)
-            lines.append(f"| {point} | " + " | ".join(cells) + " |")
-        return lines
+        lines = [
+            "# Kills and refusing disks",
+            "",
+            f"Written by `make chaos`: every call with which a save changes the disk, once for each rank, then {num_random} kills at random.",
+            "Two processes, ZeRO-2 and ZeRO-3, written beside training and with training waiting. Each start is the resume of the kill before it.",
+            "",
+            f"{self.kills.total()} kills, {self.resumes} resumes, {self.steps_compared} losses compared with those of a run that was never",
+            "interrupted: all bit-identical. After each kill every checkpoint that can be seen was whole, none that was whole had gone.",
+            "",
+            "| SIGKILL before | " + " | ".join(who) + " |",
+            "|---|" + "---|" * len(who),
+        ]
+        for point in dict.fromkeys(point for _, point in self.kills):
+            lines.append(f"| {point} | " + " | ".join(str(self.kills.get((w, point), 0) or "") for w in who) + " |")
+        lines += ["", "| the disk answers | what happened | saves |", "|---|---|---|"]
+        lines += [f"| {error} | {what} | {count} |" for (error, what), count in self.refusals.items()]
+        return "\n".join(lines) + "\n"
 
 
 class Chain:
@@ -120,7 +137,7 @@ class Chain:
         `codes`: the exit codes of the ranks; without, at least one is killed.
         """
         self.number += 1
-        before = max(saved_steps(self.run), default=0)
+        before = saved_steps(self.run)
         answer = self.server.attempt(self.run, self.number, accident)
         found = answer["statuses"]
         assert found == list(codes) if codes else -9 in found, (found, accident, self.log(0), self.log(1))
@@ -128,15 +145,19 @@ class Chain:
         self.table.resumes += self.number > 1
         return answer["calls"]
 
-    def check(self, newest_before: int) -> None:
-        """No good checkpoint is gone, none that can be seen is damaged, and no loss differs from the straight run's."""
-        root = self.run / "checkpoints"
+    def check(self, before: list[int]) -> None:
+        """No good checkpoint is gone, none that can be seen is damaged, and no loss differs from the straight run's.
+
+        `before`: the steps that were saved when the attempt began.
+        """
+        root, newest_before = self.run / "checkpoints", max(before, default=0)
         for _, path in list_checkpoints(root):
             assert verify(path) == [], path
         newest, skipped = newest_verified(root) if root.is_dir() else (None, [])
         assert skipped == []
         step = int(newest.name.removeprefix("step_")) if newest else 0
         assert step >= newest_before, "a good checkpoint was deleted"
+        assert len(saved_steps(self.run)) >= min(len(before), KEEP), "an older one went before the new one was there"
         losses = every_loss(self.run) if (self.run / "metrics.jsonl").exists() else []
         for at, loss in losses[self.compared :]:
             assert loss == self.straight[at], f"step {at} after attempt {self.number}"
