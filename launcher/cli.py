@@ -16,6 +16,7 @@ from cluster.job import ClusterError
 from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, TrainError
 
 from .cli_recipes import app as recipes_app
+from .cli_runs import ForceKey, Sets
 from .cli_runs import app as runs_app
 from .cli_verify import app as verify_app
 from .errors import LaunchError
@@ -40,7 +41,6 @@ Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many p
 BackendOption = Annotated[str | None, typer.Option(help="Where processes run: torchrun (default) | debug.")]
 Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
 RunDirOption = Annotated[Path | None, typer.Option(help="Run folder. Default: <run.dir>/<recipe>-<time>-<4 hex>.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.learning_rate=1e-4.")]
 Debug = Annotated[bool, typer.Option(help="All stages for 10 steps in this process, with the first batch shown.")]
 Profile = Annotated[
     str | None, typer.Option(help="Record these steps, such as 3-5: a trace and a page of costs.", metavar="STEPS")
@@ -62,13 +62,17 @@ def run_command(
     profile: Profile = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
     resume: Annotated[str | None, typer.Option(help="Continue this run.", metavar="RUN")] = None,
+    force_key: ForceKey = None,
     detach: Annotated[bool, typer.Option(help="Go on in the background, also when the terminal closes.")] = False,
 ) -> None:
     """Train, consolidate, merge and evaluate. `launch RECIPE` is short for this."""
     from . import start
 
     steps = start.parse_profile(profile) if profile is not None else ()
-    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug, steps)
+    forced = tuple(force_key or ())
+    if forced and resume is None:
+        raise LaunchError("--force-key goes with --resume", "Without it every key of the recipe is new.")
+    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug, steps, forced)
     if dry_run:
         raise typer.Exit(start.show_plan(request, as_json=False))
     if resume is not None:

@@ -11,6 +11,11 @@ app = typer.Typer(no_args_is_help=False, invoke_without_command=True)
 
 RunArg = Annotated[str, typer.Argument(help="Run id, the start of one, `last`, or a folder.", metavar="RUN")]
 RunsDir = Annotated[Path, typer.Option("--dir", help="Folder of run folders.", envvar="TUNELAUNCH_RUNS")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.learning_rate=1e-4.")]
+ForceKey = Annotated[
+    list[str] | None,
+    typer.Option(help="On resume, let this recipe key change although it changes what is learnt.", metavar="KEY"),
+]
 DEFAULT_DIR = Path("runs")
 
 
@@ -93,6 +98,8 @@ def resume_command(
     runs_dir: RunsDir = DEFAULT_DIR,
     gpus: Annotated[str | None, typer.Option(help="Other devices than before.")] = None,
     cpu: Annotated[int | None, typer.Option(help="CPU processes.", min=1)] = None,
+    sets: Sets = None,
+    force_key: ForceKey = None,
     detach: Annotated[bool, typer.Option(help="Go on in the background.")] = False,
 ) -> None:
     """Continue from the newest verified checkpoint, or with the stage that failed."""
@@ -100,5 +107,6 @@ def resume_command(
     from .status import find_run
 
     found = find_run(run, runs_dir)
-    request = start.Request(str(found.recipe), gpus, cpu, None, 1, None, (), False)
+    forced = tuple(force_key or ())
+    request = start.Request(str(found.recipe), gpus, cpu, None, 1, None, tuple(sets or ()), False, (), forced)
     raise typer.Exit(start.resume(str(found.root), request, detached=detach))

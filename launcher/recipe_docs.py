@@ -133,7 +133,7 @@ def reference_page() -> str:
 
 
 def _reference_row(field: Field) -> list[str]:
-    written = "" if field.default is None else f"`{_plain_text(field.default)}`"
+    written = "" if field.default is None else f"`{plain_text(field.default)}`"
     default = "required" if field.required else written
     allowed = f"a list, see {field.name}[]" if field.section else field.allowed
     return [f"`{field.path.rpartition('.')[2]}`", allowed, default, field.sentence]
@@ -148,12 +148,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _plain_text(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """A value as it is written in a recipe, on one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return f"[{', '.join(_plain_text(item) for item in value)}]"
+        return f"[{', '.join(plain_text(item) for item in value)}]"
     if isinstance(value, float) and value < 0.001 and value:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -191,21 +191,22 @@ def generated_files() -> dict[Path, str]:
 def origin_rows(loaded: LoadedRecipe) -> list[tuple[str, str, str]]:
     """(dotted path, value, "file:line" | "--set" | "default") for every value of the recipe, defaults included."""
     rows: list[tuple[str, str, str]] = []
-    for path, value in _leaves(loaded.recipe.model_dump(by_alias=True), ""):
+    for path, value in leaves(loaded.recipe.model_dump(by_alias=True), ""):
         origin = loaded.origins.get(path, "default")
         if value is not None or origin != "default":
-            rows.append((path, "null" if value is None else _plain_text(value).replace("\n", "\\n"), origin))
+            rows.append((path, "null" if value is None else plain_text(value).replace("\n", "\\n"), origin))
     return rows
 
 
-def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
+def leaves(value: Any, path: str) -> list[tuple[str, Any]]:
+    """(dotted path, value) of everything below `path`; items of a list of sections are numbered."""
     if isinstance(value, dict):
         children = [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         children = [(f"{path}.{i}", item) for i, item in enumerate(value)]
     else:
         return [(path, value)]
-    return [leaf for below, child in children for leaf in _leaves(child, below)]
+    return [leaf for below, child in children for leaf in leaves(child, below)]
 
 
 if __name__ == "__main__":

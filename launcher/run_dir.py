@@ -36,6 +36,10 @@ class RunDir:
     def recipe(self) -> Path:
         return self.root / "recipe.yaml"
 
+    def earlier_recipe(self, attempt: int) -> Path:
+        """The recipe that was in force until `attempt` changed it."""
+        return self.root / f"recipe.before_attempt_{attempt}.yaml"
+
     @property
     def plan(self) -> Path:
         return self.root / "plan.json"

@@ -39,6 +39,8 @@ class Request:
     debug: bool
     profile_steps: tuple[int, ...] = ()
     """1-based optimizer steps to record; see `parse_profile`."""
+    forced_keys: tuple[str, ...] = ()
+    """Recipe keys that a resumed run may change although they change what it learns."""
 
 
 def cache_dir() -> Path:
@@ -158,6 +160,8 @@ def start(request: Request, detached: bool) -> int:
 
 def resume(name: str, request: Request, detached: bool) -> int:
     """Continue a run: the stages that are done stay done, training goes on from its newest verified checkpoint."""
+    from .recipe import dump_recipe
+    from .resume_changes import affects_report, affects_training
     from .status import DONE, RUNNING, find_run, read_status
 
     if request.run_dir is not None or request.debug:
@@ -180,12 +184,23 @@ def resume(name: str, request: Request, detached: bool) -> int:
     if old["spec"]["debug"]:
         raise LaunchError(f"{run.run_id} is a debug run of a few steps", f"Start it anew: launch {run.recipe} --debug")
     request = _same_devices(request, old)
-    if Path(request.recipe) != run.recipe:
-        _same_recipe(request, run)
-    plan, loaded, _ = make_plan(replace(request, recipe=str(run.recipe), sets=()), run)
+    given, found = _changed_recipe(request, run)
+    if affects_training(found):
+        done = frozenset()
+    elif affects_report(found):
+        done -= {"evaluate"}
+    plan, loaded, _ = make_plan(request if found else replace(request, recipe=str(run.recipe), sets=()), run)
+    if plan.refusals:
+        raise PlanError(list(plan.refusals))
+    if "train" not in done:
+        _require_same_batch(plan, given.recipe.train, old)
     spec = replace(plan.spec, recipe_name=old["spec"]["recipe_name"])
     plan = replace(plan, spec=spec, command=old["command"])
     attempt = status.attempt + 1
+    if found:
+        print("changed since it was started:", *(f"  {change}" for change in found), sep="\n", flush=True)
+        write_atomic(run.earlier_recipe(attempt), run.recipe.read_text(encoding="utf-8"))
+        write_atomic(run.recipe, dump_recipe(given))
     write_run(run, plan, loaded, attempt, request)
     kept = ", ".join(sorted(done)) or "none"
     print(f"resuming {run.run_id}, attempt {attempt}; stages already done: {kept}", flush=True)
@@ -205,27 +220,37 @@ def _same_devices(request: Request, old: dict[str, Any]) -> Request:
     return replace(request, gpus=f"free:{parallel['world_size']}")
 
 
-def _same_recipe(request: Request, run: RunDir) -> None:
-    """Raises LaunchError when the recipe given with --resume is not the one that the run was started with."""
-    from .recipe import dump_recipe, load_recipe
+def _changed_recipe(request: Request, run: RunDir) -> tuple[Any, list[Any]]:
+    """The recipe to go on with, and what differs from the run's. Raises LaunchError for what a run may not change."""
+    from .recipe import load_recipe
     from .recipe_library import find
+    from .resume_changes import changes, require_allowed
 
-    given = dump_recipe(load_recipe(find(request.recipe), request.sets))
-    if given != run.recipe.read_text(encoding="utf-8"):
-        import difflib
+    own = load_recipe(run.recipe)
+    given = load_recipe(find(request.recipe), request.sets)
+    found = changes(own.recipe, given.recipe)
+    require_allowed(found, request.forced_keys, request.recipe)
+    return given, found
 
-        lines = difflib.unified_diff(
-            run.recipe.read_text(encoding="utf-8").splitlines(),
-            given.splitlines(),
-            "the run",
-            "given",
-            lineterm="",
-            n=0,
-        )
-        raise LaunchError(
-            "the recipe differs from the one that the run was started with:\n" + "\n".join(lines),
-            f"Continue the run as it is: launch runs resume {run.run_id}\nOr start a new one: launch {request.recipe}",
-        )
+
+def _require_same_batch(plan: Any, train: Any, old: dict[str, Any]) -> None:
+    """Raises LaunchError where another global batch would repeat or skip rows. `train`: the recipe's section."""
+    optim, spec = old["spec"]["optim"], plan.spec
+    before = optim["micro_batch"] * optim["accumulate"] * old["spec"]["parallel"]["dp"]
+    at_once = spec.optim.micro_batch * spec.parallel.dp
+    if before == at_once * spec.optim.accumulate:
+        return
+    if before % at_once:
+        hint = f"Use a number of devices that divides {before}, with train.micro_batch=1."
+    elif train.accumulate is None:
+        hint = f"Keep it: --set train.global_batch={before}"
+    else:
+        hint = f"Keep it: --set train.accumulate={before // at_once}"
+    raise LaunchError(
+        f"the global batch would be {at_once * spec.optim.accumulate} rows (micro {spec.optim.micro_batch} x accumulate "
+        f"{spec.optim.accumulate} x data-parallel {spec.parallel.dp}), the run's is {before}: rows would be repeated or skipped",
+        hint,
+    )
 
 
 def write_run(run: RunDir, plan: Any, loaded: Any, attempt: int, request: Request) -> None:

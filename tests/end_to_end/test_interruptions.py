@@ -87,18 +87,32 @@ def test_killed_workers_resume_with_the_losses_of_a_straight_run(
         assert got[number] == (loss if processes == "1" else pytest.approx(loss, rel=1e-5)), f"step {number}"
 
 
-def test_killed_launcher_leaves_no_worker(started: Started, launch: Launch, work: Path, long_recipe: str) -> None:
+def test_killed_launcher_leaves_no_worker_and_fewer_processes_go_on(
+    started: Started, launch: Launch, work: Path, long_recipe: str, straight_losses: dict[int, float]
+) -> None:
     command = started(long_recipe, "--cpu", "2", *FP32)
-    run = run_when_at_step(work, 8)
+    run = run_when_at_step(work, 12)
     assert worker_pids(run)
     command.kill()
     command.wait()
     wait_until(lambda: not worker_pids(run), 10, "no worker left")
     shown = launch("runs", "show", str(run), cwd=work)
     assert "crashed" in shown.stdout
-    resumed = launch("runs", "resume", str(run), cwd=work)
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+    for flags, told in (
+        (["--set", "train.learning_rate=1e-5"], "--force-key train.learning_rate"),
+        (["--set", "method.rank=3"], "the saved adapters have another shape"),
+        (["--set", "train.global_batch=6"], "Keep it: --set train.global_batch=4"),
+    ):
+        refused = launch("runs", "resume", str(run), *flags, cwd=work)
+        assert refused.returncode == 2, refused.stdout
+        assert told in refused.stderr
+    assert (run / "recipe.yaml").read_text(encoding="utf-8") == recipe
+    resumed = launch("runs", "resume", str(run), "--cpu", "1", "--set", "parallel.zero=0", cwd=work)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert max(losses(run)) == 60
+    assert "parallel.zero: auto -> 0" in resumed.stdout
+    assert (run / "recipe.before_attempt_2.yaml").read_text(encoding="utf-8") == recipe
+    assert losses(run) == pytest.approx(straight_losses, rel=1e-5)
 
 
 def test_ctrl_c_saves_and_stops_and_resume_goes_on(
