@@ -107,11 +107,14 @@ def consolidate_command(
     step: Annotated[int | None, typer.Option(help="Checkpoint step. Default: the newest verified one.")] = None,
     base: Annotated[Path | None, typer.Option(help="Base model folder, for a full fine-tune given by path.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest file, such as 5GB.")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Of an adapter from another program that has no adapter_config.json.")
+    ] = None,
 ) -> None:
     """Sharded checkpoint -> PEFT adapter, or full HF model."""
     from . import artefacts
 
-    options = {"dtype": dtype, "step": step, "base": base, "max-shard-size": max_shard_size}
+    options = {"dtype": dtype, "step": step, "base": base, "max-shard-size": max_shard_size, "lora-alpha": lora_alpha}
     raise typer.Exit(artefacts.consolidate(target, out, options))
 
 

@@ -1,6 +1,6 @@
 """Stage `consolidate`: a training checkpoint -> a PEFT adapter folder, or a full Hugging Face model folder.
 
-Only the fp32 masters are read, piece by piece, rounded once and written. No torch: importing it alone would take
+The checkpoint may be ours, or one that DeepSpeed wrote for another program (`deepspeed_folder`). Only the fp32 masters are read, piece by piece, rounded once and written. No torch: importing it alone would take
 longer than the work.
 """
 
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import re
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,8 @@ from .checkpoint_format import (
     sha256_file,
     verify,
 )
+from .deepspeed_folder import ForeignCheckpoint, Slice, find_shards
+from .deepspeed_folder import read as read_foreign
 from .disk import new_folder, refuse_existing, require_space, write_json, write_text
 from .model_folder import OWN_TEMPLATE, copy_companions, read_config, stored_tensors, write_config
 from .spec import TrainError
@@ -52,6 +57,7 @@ from .tensor_files import (
     write_index,
 )
 from .tensor_header import TensorSpec
+from .torch_archive import ArchiveTensor
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -61,12 +67,13 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `-m trainer.worker consolidate`."""
-    parser.add_argument("--source", required=True, help="folder of checkpoints, or one step_N folder")
+    parser.add_argument("--source", required=True, help="folder of checkpoints, or one of them")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the result; default: as trained")
     parser.add_argument("--step", type=int, help="take this step; default: the newest whole checkpoint")
     parser.add_argument("--base", help="base model folder; needed after full training, for config and tokenizer")
     parser.add_argument("--template", default=OWN_TEMPLATE, help="Jinja chat template to put in place of the base's")
+    parser.add_argument("--lora-alpha", type=float, help="of a foreign adapter without adapter_config.json")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of a full model, such as 5GB or 2GiB")
 
 
@@ -76,10 +83,23 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out).absolute()
     refuse_existing(out)
     max_bytes = parse_size(args.max_shard_size)
-    step_dir, skipped = choose_checkpoint(Path(args.source).absolute(), args.step)
-    for path, reason in skipped:
-        print(f"skipped {path}: {reason}", flush=True)
-    plan = make_plan(step_dir, args.dtype, Path(args.base).absolute() if args.base else None, max_bytes)
+    source, base = Path(args.source).absolute(), Path(args.base).absolute() if args.base else None
+    foreign = None
+    if not (source / MANIFEST).is_file() and not list_checkpoints(source):
+        step_dir = find_shards(source, args.step)
+        if step_dir is None:
+            raise TrainError(
+                f"{source} holds no checkpoint",
+                "Give the checkpoints folder of a run that saved at least once, or a folder of DeepSpeed's shards.",
+            )
+        foreign = read_foreign(step_dir, args.lora_alpha)
+        for note in foreign.notes:
+            print(note, flush=True)
+    else:
+        step_dir, skipped = choose_checkpoint(source, args.step)
+        for path, reason in skipped:
+            print(f"skipped {path}: {reason}", flush=True)
+    plan = make_plan(step_dir, args.dtype, base, max_bytes, foreign)
     report = write(plan, out, args.template)
     seconds = time.perf_counter() - started
     print(
@@ -96,10 +116,6 @@ def choose_checkpoint(source: Path, step: int | None) -> tuple[Path, list[tuple[
             raise TrainError(f"{source} is of step {read_manifest(source).step}, not {step}", "Give its parent folder.")
         return _trusted(source), []
     steps = dict(list_checkpoints(source))
-    if not steps:
-        raise TrainError(
-            f"{source} holds no checkpoint", "Give the checkpoints folder of a run that saved at least once."
-        )
     if step is not None:
         if step not in steps:
             raise TrainError(f"{source} holds no step {step}", f"Steps: {', '.join(map(str, sorted(steps)))}")
@@ -134,11 +150,21 @@ class Plan:
     base: Path | None
     config: dict[str, Any]
     """config.json of the base, or adapter_config.json."""
+    slices: dict[str, list[Slice]] | None = None
+    """Where a foreign checkpoint keeps the trained parameters; None: in our own shards."""
 
 
-def make_plan(step_dir: Path, dtype: str | None, base: Path | None, max_bytes: int) -> Plan:
+def make_plan(
+    step_dir: Path, dtype: str | None, base: Path | None, max_bytes: int, foreign: ForeignCheckpoint | None = None
+) -> Plan:
     """Names, shapes and files of the result. Raises TrainError when they do not fit together."""
-    manifest = read_manifest(step_dir)
+    if foreign is not None:
+        plan = _make_plan(step_dir, foreign.manifest, dtype, base or foreign.base, max_bytes)
+        return dataclasses.replace(plan, slices=foreign.slices)
+    return _make_plan(step_dir, read_manifest(step_dir), dtype, base, max_bytes)
+
+
+def _make_plan(step_dir: Path, manifest: Manifest, dtype: str | None, base: Path | None, max_bytes: int) -> Plan:
     stored = STORED_DTYPES[dtype or manifest.dtype]
     if not manifest.parameters:
         raise TrainError(f"{step_dir / MANIFEST}: lists no parameters")
@@ -249,18 +275,25 @@ def write(plan: Plan, out: Path, template: str = OWN_TEMPLATE) -> dict[str, Any]
     return report
 
 
-Piece = tuple[int, int, TensorFile]
-"""First element, number of elements, and the file that holds them."""
+Piece = tuple[int, int, Callable[[int, int], np.ndarray]]
+"""First element of the parameter, number of elements, and how to read (from, how many) of these."""
 
 
 def _pieces(plan: Plan, stack: contextlib.ExitStack) -> dict[str, list[Piece]]:
     """Where each parameter's elements are, in order."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
+    for name, slices in (plan.slices or {}).items():
+        for start, tensor, at, numel in slices:
+            pieces[name].append((start, numel, functools.partial(_read_from, tensor, at)))
     for shard in plan.manifest.files:
         file = stack.enter_context(TensorFile(plan.step_dir / shard.file))
         for name, (start, numel) in shard.fragments.items():
-            pieces[name].append((start, numel, file))
+            pieces[name].append((start, numel, functools.partial(file.read, f"{name}|master")))
     return {name: sorted(each, key=lambda piece: piece[0]) for name, each in pieces.items()}
+
+
+def _read_from(tensor: ArchiveTensor, at: int, start: int, numel: int) -> np.ndarray:
+    return tensor.read(at + start, numel)
 
 
 def _write_tensor(
@@ -284,17 +317,17 @@ def _write_tensor(
     parameter = plan.parameters[tensor.name]
     watch = ".lora_B." in tensor.name
 
-    def rounded(place: tuple[TensorFile, int, int]) -> tuple[np.ndarray, bool]:
-        file, start, numel = place
-        master = file.read(f"{parameter}|master", start, numel)
+    def rounded(place: tuple[Callable[[int, int], np.ndarray], int, int]) -> tuple[np.ndarray, bool]:
+        read, start, numel = place
+        master = read(start, numel)
         values = from_float32(master, tensor.dtype)
         if not all_finite(values, tensor.dtype):
             raise _not_finite(parameter, master, plan)
         return values, watch and bool(master.any())
 
     places = (
-        (file, start, min(CHUNK, numel - start))
-        for _, numel, file in pieces[parameter]
+        (read, start, min(CHUNK, numel - start))
+        for _, numel, read in pieces[parameter]
         for start in range(0, numel, CHUNK)
     )
     for values, moved in in_order(pool, rounded, places):

@@ -1,0 +1,109 @@
+"""Checkpoints of other programs: what `launch consolidate` makes of them against DeepSpeed's own zero_to_fp32."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.foreign_process import model_of
+from support.many_runs import carry_out
+from transformers import AutoModelForCausalLM
+
+from trainer import consolidate
+from trainer.spec import TrainError
+
+CASES = [(by, method, zero) for by in ("deepspeed", "trainer") for method in ("full", "lora") for zero in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case, written by two processes."""
+    folder = tmp_path_factory.mktemp("foreign")
+    items = [
+        {"folder": str(folder / f"{by}-{method}-{zero}"), "method": method, "zero": zero, "by": by}
+        for by, method, zero in CASES
+    ]
+    carry_out(folder, 2, items, script="foreign_process.py")
+    return folder
+
+
+def consolidated(source: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
+    parser = argparse.ArgumentParser()
+    consolidate.add_arguments(parser)
+    consolidate.run(parser.parse_args(["--source", str(source), "--out", str(out), *flags]))
+    (weights,) = out.glob("*.safetensors")
+    return load_file(weights)
+
+
+@pytest.mark.parametrize(("by", "method", "zero"), CASES)
+def test_the_weights_are_those_of_deepspeeds_own_tool(
+    foreign: Path, tmp_path: Path, by: str, method: str, zero: int
+) -> None:
+    folder = foreign / f"{by}-{method}-{zero}"
+    checkpoint = folder if by == "deepspeed" else folder / "checkpoint-2"
+    expected = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+    expected = {name.replace(".default", ""): tensor for name, tensor in expected.items()}
+    found = consolidated(folder, tmp_path / "fp32", "--dtype", "fp32")
+    if method == "lora":
+        expected = {name: tensor for name, tensor in expected.items() if "lora_" in name}
+    else:
+        # Tied: written once, under the name of the embedding.
+        assert torch.equal(expected.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.float()), name
+
+    rounded = consolidated(checkpoint, tmp_path / "bf16")
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in expected.items())
+    if method == "full":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32).state_dict()
+        assert torch.equal(loaded["lm_head.weight"], expected["model.embed_tokens.weight"].float())
+        names = {name: name for name in expected}
+    else:
+        adapted = PeftModel.from_pretrained(model_of("full"), str(tmp_path / "bf16"))
+        loaded = adapted.state_dict()
+        names = {name: name.replace(".weight", ".default.weight") for name in expected}
+    for name, parameter in names.items():
+        assert torch.equal(loaded[parameter].float(), (found if method == "full" else rounded)[name].float()), name
+
+
+def test_a_rank_that_is_missing_is_named_and_nothing_is_written(foreign: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(foreign / "deepspeed-full-2", copy)
+    for rank, told in ((1, "written by 2 ranks, the files of 1 are here"), (0, "the file of rank 0 is missing")):
+        (lost,) = (copy / "global_step1").glob(f"*pp_rank_{rank}_*optim_states.pt")
+        content = lost.read_bytes()
+        lost.unlink()
+        with pytest.raises(TrainError) as error:
+            consolidated(copy, tmp_path / "out")
+        assert told in error.value.message
+        lost.write_bytes(content[: len(content) // 2])
+        with pytest.raises(TrainError) as error:
+            consolidated(copy, tmp_path / "out")
+        assert lost.name in error.value.message
+        lost.write_bytes(content)
+    assert not (tmp_path / "out").exists()
+    consolidated(copy, tmp_path / "out")
+
+
+def test_an_adapter_without_its_config_asks_for_what_the_weights_do_not_say(foreign: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(foreign / "deepspeed-lora-3", copy)
+    own = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").unlink()
+    with pytest.raises(TrainError) as error:
+        consolidated(copy, tmp_path / "out")
+    assert "rank 3" in error.value.message
+    assert "--lora-alpha" in error.value.hint
+    consolidated(copy, tmp_path / "out", "--lora-alpha", "6")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (own["r"], own["lora_alpha"]) == (3, 6)
+    assert set(config["target_modules"]) == {name.rpartition(".")[2] for name in own["target_modules"]}

@@ -1,0 +1,207 @@
+"""Files of torch.save read without torch: the same numbers, and nothing that a hostile one asks for."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.spec import TrainError
+from trainer.torch_archive import ArchiveTensor, read_archive
+
+
+def saved(path: Path, value: Any) -> Path:
+    torch.save(value, path)
+    return path
+
+
+def whole(tensor: ArchiveTensor) -> np.ndarray:
+    return tensor.read(0, tensor.numel).reshape(tensor.shape)
+
+
+def test_tensors_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(7, 5)
+    value = {
+        "plain": base,
+        "part": base[2:4],
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "whole": torch.arange(6),
+        "bits": torch.tensor([True, False]),
+        "half": torch.randn(4).half(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "nested": [OrderedDict(a=torch.ones(2)), (1, "text", None, torch.Size([2, 3]))],
+    }
+    found = read_archive(saved(tmp_path / "a.pt", value))
+    for name in ("plain", "part", "whole", "bits", "half", "scalar", "empty"):
+        assert np.array_equal(whole(found[name]), value[name].numpy()), name
+    assert np.array_equal(whole(found["parameter"]), value["parameter"].detach().numpy())
+    assert np.array_equal(found["plain"].read(9, 4), base.flatten()[9:13].numpy())
+    assert np.array_equal(whole(found["nested"][0]["a"]), np.ones(2))
+    assert found["nested"][1] == (1, "text", None, (2, 3))
+    brain = torch.randn(5).bfloat16()
+    bits = whole(read_archive(saved(tmp_path / "b.pt", [brain]))[0])
+    assert np.array_equal(bits, brain.view(torch.int16).numpy().view(np.uint16))
+
+
+def test_a_transposed_tensor_is_described_but_not_read_as_if_it_were_flat(tmp_path: Path) -> None:
+    found = read_archive(saved(tmp_path / "a.pt", torch.randn(3, 4).t()))
+    assert not found.is_contiguous
+
+
+class Planted:
+    """Unpickled by anybody else, it makes a file."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "builtins.exec", "subprocess.Popen", "shutil.rmtree"])
+def test_code_in_a_file_is_named_and_not_run(tmp_path: Path, name: str) -> None:
+    import builtins
+    import shutil
+    import subprocess
+
+    module, _, attribute = name.rpartition(".")
+    function = getattr({"os": os, "builtins": builtins, "subprocess": subprocess, "shutil": shutil}[module], attribute)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    planted = {
+        "os.system": f"touch {tmp_path}/ran",
+        "builtins.eval": f"open('{tmp_path}/ran', 'w')",
+        "builtins.exec": f"open('{tmp_path}/ran', 'w')",
+        "subprocess.Popen": ["touch", f"{tmp_path}/ran"],
+        "shutil.rmtree": str(victim),
+    }[name]
+    path = saved(
+        tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"w": torch.ones(2), "x": Planted(function, planted)}
+    )
+    with pytest.raises(TrainError) as error:
+        read_archive(path)
+    # pickle writes the name of the module that a function is defined in.
+    assert f"asks for {function.__module__}.{attribute}" in error.value.message
+    assert path.name in error.value.message
+    assert not (tmp_path / "ran").exists()
+    assert victim.exists()
+
+
+def test_known_objects_do_nothing(tmp_path: Path) -> None:
+    """getattr stands in XTuner's files; here it is an object that does nothing, so it cannot reach a function either."""
+    planted = Planted(getattr, os, "system")
+    planted.call = (getattr, ("", "join"))
+    found = read_archive(saved(tmp_path / "a.pt", {"x": planted, "w": torch.ones(2)}))
+    assert not callable(getattr(found["x"], "join", None))
+    assert np.array_equal(whole(found["w"]), np.ones(2))
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", {"w": torch.randn(1000)})
+    content = path.read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 5):
+        path.write_bytes(content[:size])
+        with pytest.raises(TrainError, match=r"a\.pt"):
+            read_archive(path)
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"w": 1}))
+    with pytest.raises(TrainError, match=r"a\.pt: is not an archive"):
+        read_archive(path)
+    with pytest.raises(TrainError, match="cannot be read"):
+        read_archive(tmp_path / "gone.pt")
+
+
+def rewritten(path: Path, change: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
+    """The archive with members replaced, or left out (None)."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    root = next(iter(members)).split("/")[0]
+    members |= {f"{root}/{name}": content for name, content in change.items()}  # type: ignore[dict-item]  # None is dropped below
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            if content is not None:
+                archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "compression", "told"),
+    [
+        ({"data/0": None}, zipfile.ZIP_STORED, "has no storage '0'"),
+        ({"data/0": b"abc"}, zipfile.ZIP_STORED, "storage 0 has 3 bytes, 1000 elements of F32 were promised"),
+        ({}, zipfile.ZIP_DEFLATED, "storage 0"),
+        ({"byteorder": b"big"}, zipfile.ZIP_STORED, "big-endian"),
+        ({"data.pkl": b"\x80\x02}q\x00(X\x01"}, zipfile.ZIP_STORED, "its pickle is damaged"),
+        ({"data.pkl": b""}, zipfile.ZIP_STORED, "its pickle is damaged"),
+        ({"data.pkl": None}, zipfile.ZIP_STORED, "holds 0 pickles"),
+    ],
+)
+def test_archives_that_were_tampered_with_are_refused(
+    tmp_path: Path, change: dict[str, bytes | None], compression: int, told: str
+) -> None:
+    path = saved(tmp_path / "a.pt", {"w": torch.randn(1000)})
+    rewritten(path, change, compression)
+    with pytest.raises(TrainError) as error:
+        read_archive(path)
+    assert told in error.value.message
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", torch.arange(4.0))
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read("a/data.pkl")
+    # The shape (4,) as a tuple of one small integer.
+    assert data.count(b"K\x04\x85") == 1
+    rewritten(path, {"data.pkl": data.replace(b"K\x04\x85", b"K\x64\x85")})
+    with pytest.raises(TrainError, match="does not fit into its storage"):
+        read_archive(path)
+
+
+def test_xtuners_layout(tmp_path: Path) -> None:
+    """Built to the layout that XTuner 0.1.23 leaves (`iter_N.pth/`, names under `llm.`): the package does not install here."""
+    from trainer.deepspeed_folder import find_shards, read
+
+    folder = tmp_path / "work_dirs" / "iter_500.pth"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    names = {
+        f"llm.base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.default.weight": shape
+        for side, shape in (("A", (2, 5)), ("B", (5, 2)))
+    }
+    flat = torch.randn(20)
+    saved(
+        folder / "mp_rank_00_model_states.pt",
+        {
+            "module": {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in names.items()},
+            "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in names.items())],
+            "global_steps": 500,
+        },
+    )
+    for rank in range(2):
+        state = {
+            "single_partition_of_fp32_groups": [flat[10 * rank :][:10].clone()],
+            "zero_stage": 2,
+            "partition_count": 2,
+        }
+        saved(folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", {"optimizer_state_dict": state})
+    assert find_shards(tmp_path / "work_dirs", None) == folder
+    assert find_shards(folder, None) == folder
+    with pytest.raises(TrainError, match="holds no step 3"):
+        find_shards(tmp_path / "work_dirs", 3)
+    found = read(folder, alpha=4.0)
+    assert found.manifest.step == 500
+    assert found.manifest.dtype == "bf16"
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert found.manifest.parameters == {
+        f"{layer}.lora_A.default.weight": (2, 5),
+        f"{layer}.lora_B.default.weight": (5, 2),
+    }
+    read_back = [t.read(at, n) for name in found.slices for _, t, at, n in found.slices[name]]
+    assert np.array_equal(np.concatenate(read_back), flat.numpy())

@@ -1,0 +1,301 @@
+"""Checkpoints that DeepSpeed wrote for other programs: HF Trainer, LLaMA-Factory, Axolotl, XTuner.
+
+    checkpoint-200/                            of HF Trainer and what rides on it; `iter_200.pth/` of XTuner has the
+        latest                                 files of global_step200 in itself
+        adapter_config.json | config.json
+        global_step200/
+            [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt      fp32 masters of rank R, flat, with the optimizer's state
+            mp_rank_00_model_states.pt         stages 1 and 2; for stage 3 zero_pp_rank_R_mp_rank_00_model_states.pt:
+                                               names and shapes in the order of the flat masters
+
+What lies where in the flat masters is that of deepspeed/utils/zero_to_fp32.py. Only the masters are read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_format import Manifest
+from .disk import read_json
+from .spec import TrainError
+from .torch_archive import ArchiveTensor, read_archive
+
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_00_model_states\.pt")
+TRAINER_FOLDER = re.compile(r"(?:checkpoint-|iter_|epoch_)(\d+)(?:\.pth)?")
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIXES = ("module.", "llm.", "_orig_mod.")
+"""Of wrappers around the language model: DeepSpeed's and DDP's, XTuner's, torch.compile's."""
+RECIPE_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+Slice = tuple[int, ArchiveTensor, int, int]
+"""First element of the parameter, the tensor that holds it, where in that tensor, and how many elements."""
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A DeepSpeed checkpoint, described; no tensor has been read."""
+
+    manifest: Manifest
+    """As of a checkpoint of ours; `files` is empty."""
+    slices: dict[str, list[Slice]]
+    """Parameter -> its elements in order."""
+    base: Path | None
+    """Folder beside the shards that has a config.json."""
+    notes: tuple[str, ...]
+    """What was inferred."""
+
+
+def find_shards(source: Path, step: int | None) -> Path | None:
+    """The folder of shards in `source`, a checkpoint or a folder of checkpoints; None when DeepSpeed wrote nothing here.
+
+    Raises TrainError when `step` is not there.
+    """
+    if not source.is_dir():
+        return None
+    if shards := _shards_of(source):
+        return shards
+    found = {
+        int(m[1]): path for path in source.iterdir() if (m := TRAINER_FOLDER.fullmatch(path.name)) and path.is_dir()
+    }
+    steps = {number: shards for number, path in sorted(found.items()) if (shards := _shards_of(path))}
+    if not steps:
+        return None
+    if step is not None and step not in steps:
+        raise TrainError(f"{source} holds no step {step}", f"Steps: {', '.join(map(str, steps))}")
+    return steps[max(steps) if step is None else step]
+
+
+def _shards_of(folder: Path) -> Path | None:
+    latest = folder / "latest"
+    candidates = [folder]
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()[:200]
+        if Path(tag).name != tag:
+            raise TrainError(f"{latest}: names {tag!r}, which is no folder beside it")
+        candidates.append(folder / tag)
+    candidates += sorted(folder.glob("global_step*"), key=lambda p: int("0" + re.sub(r"\D", "", p.name)), reverse=True)
+    return next(
+        (c for c in candidates if c.is_dir() and any(OPTIMIZER_FILE.fullmatch(p.name) for p in c.iterdir())), None
+    )
+
+
+def read(shards: Path, alpha: float | None) -> ForeignCheckpoint:
+    """Describe the checkpoint in `shards`. `alpha`: lora_alpha, for an adapter without adapter_config.json.
+
+    Raises TrainError when a rank's file is missing, holds something else, or another layout than ZeRO-1, 2 or 3.
+    """
+    files = _optimizer_files(shards)
+    states = [_dictionary(read_archive(path), path) for path in files]
+    optimizers = [
+        _dictionary(state.get("optimizer_state_dict"), path) for state, path in zip(states, files, strict=True)
+    ]
+    model_file = _model_file(shards)
+    model = _dictionary(read_archive(model_file), model_file)
+    groups = _parameter_groups(model, model_file)
+    stage = _stage(optimizers, files)
+    _check_count(optimizers, files)
+    slices = _sharded_whole(groups, optimizers, files) if stage == 3 else _grouped(groups, optimizers, files)
+    names = _plain_names([name for group in groups for name in group])
+    parameters = {names[name]: shape for group in groups for name, shape in group.items()}
+    is_adapter = any(".lora_A." in name for name in parameters)
+    home = _home(shards)
+    config, notes = _adapter_config(home, parameters, alpha) if is_adapter else (None, ())
+    if model.get("frozen_param_shapes") and not is_adapter:
+        notes = (*notes, "frozen weights are taken from the base")
+    base = home if home is not None and (home / "config.json").is_file() else None
+    manifest = Manifest(
+        run_id="",
+        step=int(model.get("global_steps") or 0),
+        world_size=len(files),
+        dp=len(files),
+        sp=1,
+        zero_stage=stage,
+        method="lora" if is_adapter else "full",
+        dtype=_dtype(model, groups),
+        base_model=str((config or {}).get("base_model_name_or_path") or base or ""),
+        parameters=parameters,
+        adapter_config=config,
+        files=(),
+        state={},
+    )
+    return ForeignCheckpoint(manifest, {names[name]: pieces for name, pieces in slices.items()}, base, notes)
+
+
+def _dictionary(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TrainError(f"{path}: holds a {type(value).__name__} where DeepSpeed keeps a dictionary")
+    return value
+
+
+def _optimizer_files(shards: Path) -> list[Path]:
+    found = {}
+    for path in shards.iterdir():
+        if match := OPTIMIZER_FILE.fullmatch(path.name):
+            if int(match[2]) > 0:
+                raise TrainError(f"{path}: tensor or pipeline parallel checkpoints are not read", "Merge them first.")
+            found[int(match[1])] = path
+        elif "expp_rank" in path.name or path.name.startswith("layer_"):
+            raise TrainError(f"{path}: expert and pipeline parallel checkpoints are not read")
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise TrainError(
+            f"{shards}: the file of rank {missing[0]} is missing (*zero_pp_rank_{missing[0]}_*_optim_states.pt)"
+        )
+    return [found[rank] for rank in sorted(found)]
+
+
+def _model_file(shards: Path) -> Path:
+    found = sorted(p for p in shards.iterdir() if MODEL_FILE.fullmatch(p.name))
+    if not found:
+        raise TrainError(f"{shards}: *mp_rank_00_model_states.pt is missing: it has the names of the weights")
+    return found[0]
+
+
+def _parameter_groups(model: dict[str, Any], path: Path) -> list[dict[str, tuple[int, ...]]]:
+    groups = model.get("param_shapes")
+    groups = [groups] if isinstance(groups, dict) else groups
+    if not isinstance(groups, list) or not groups or not all(isinstance(g, dict) for g in groups):
+        raise TrainError(f"{path}: has no param_shapes: a file of another program, or of ZeRO stage 0")
+    shapes = [{str(name): tuple(int(n) for n in shape) for name, shape in group.items()} for group in groups]
+    empty = [name for group in shapes for name, shape in group.items() if math.prod(shape) == 0]
+    if empty:
+        raise TrainError(f"{path}: {empty[0]} has no elements")
+    return shapes
+
+
+def _stage(optimizers: Sequence[dict[str, Any]], files: Sequence[Path]) -> int:
+    for optimizer, path in zip(optimizers, files, strict=True):
+        if ("fp32_flat_groups" in optimizer) == ("single_partition_of_fp32_groups" in optimizer):
+            raise TrainError(f"{path}: has no fp32 masters of ZeRO-1, 2 or 3")
+    return 3 if "fp32_flat_groups" in optimizers[0] else int(optimizers[0].get("zero_stage") or 2)
+
+
+def _check_count(optimizers: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
+    count = optimizers[0].get("partition_count")
+    count = max(count) if isinstance(count, list) else count
+    if isinstance(count, int) and count != len(files):
+        raise TrainError(f"{files[0].parent}: was written by {count} ranks, the files of {len(files)} are here")
+
+
+def _flat(optimizer: dict[str, Any], key: str, path: Path) -> list[ArchiveTensor]:
+    value = optimizer[key]
+    tensors = list(value) if isinstance(value, list | tuple) else [value]
+    for tensor in tensors:
+        if not isinstance(tensor, ArchiveTensor) or tensor.dtype != "F32" or not tensor.is_contiguous:
+            raise TrainError(f"{path}: {key} are not flat fp32 tensors")
+    return tensors
+
+
+def _grouped(
+    groups: Sequence[dict[str, tuple[int, ...]]], optimizers: Sequence[dict[str, Any]], files: Sequence[Path]
+) -> dict[str, list[Slice]]:
+    """Stages 1 and 2: the parameters of a group end to end, cut into as many pieces as there are ranks."""
+    key = "single_partition_of_fp32_groups"
+    flats = [_flat(optimizer, key, path) for optimizer, path in zip(optimizers, files, strict=True)]
+    slices: dict[str, list[Slice]] = {}
+    for number, group in enumerate(groups):
+        if any(len(flat) <= number for flat in flats):
+            raise TrainError(f"{files[0].parent}: has fewer groups of masters than of parameters")
+        parts = [flat[number] for flat in flats]
+        at = 0
+        for name, shape in group.items():
+            slices[name] = _cut(parts, at, math.prod(shape), name, files[0].parent)
+            at += math.prod(shape)
+    return slices
+
+
+def _sharded_whole(
+    groups: Sequence[dict[str, tuple[int, ...]]], optimizers: Sequence[dict[str, Any]], files: Sequence[Path]
+) -> dict[str, list[Slice]]:
+    """Stage 3: every parameter cut into one piece a rank, the last ones padded; a rank's pieces end to end."""
+    flats = [_flat(optimizer, "fp32_flat_groups", path) for optimizer, path in zip(optimizers, files, strict=True)]
+    slices: dict[str, list[Slice]] = {}
+    at = 0
+    for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+        numel = math.prod(shape)
+        share = -(-numel // len(flats))
+        pieces: list[Slice] = []
+        for rank, parts in enumerate(flats):
+            held = min(share, numel - rank * share)
+            if held > 0:
+                pieces += [(rank * share + f, t, a, n) for f, t, a, n in _cut(parts, at, held, name, files[0].parent)]
+        slices[name] = pieces
+        at += share
+    return slices
+
+
+def _cut(parts: Sequence[ArchiveTensor], at: int, numel: int, name: str, folder: Path) -> list[Slice]:
+    """`numel` elements from element `at` of `parts` laid end to end."""
+    pieces: list[Slice] = []
+    done = begin = 0
+    for part in parts:
+        low, high = max(at + done - begin, 0), min(at + numel - begin, part.numel)
+        if low < high:
+            pieces.append((done, part, low, high - low))
+            done += high - low
+        begin += part.numel
+    if done != numel:
+        raise TrainError(f"{folder}: {name} has {numel} elements, the masters hold {done} of them")
+    return pieces
+
+
+def _plain_names(names: Sequence[str]) -> dict[str, str]:
+    """Without the names of what was wrapped around the model."""
+    plain = {name: name for name in names}
+    for _ in range(len(PREFIXES)):
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) for name in plain.values()):
+                plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
+    return plain
+
+
+def _home(shards: Path) -> Path | None:
+    """The nearest of the shards' folder and its parent that says what was trained."""
+    return next(
+        (f for f in (shards, shards.parent) if (f / ADAPTER_CONFIG).is_file() or (f / "config.json").is_file()), None
+    )
+
+
+def _dtype(model: dict[str, Any], groups: Sequence[dict[str, tuple[int, ...]]]) -> str:
+    """What the masters were rounded to in the forward pass."""
+    module = model.get("module")
+    tensors = module if isinstance(module, dict) else {}
+    found = Counter(t.dtype for name in groups[0] if isinstance(t := tensors.get(name), ArchiveTensor))
+    return RECIPE_DTYPES.get(found.most_common(1)[0][0], "fp32") if found else "fp32"
+
+
+def _adapter_config(
+    home: Path | None, parameters: dict[str, tuple[int, ...]], alpha: float | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if home is not None and (home / ADAPTER_CONFIG).is_file():
+        return read_json(home / ADAPTER_CONFIG), ()
+    layers = {name.partition(".lora_A.")[0]: shape[0] for name, shape in parameters.items() if ".lora_A." in name}
+    rank = Counter(layers.values()).most_common(1)[0][0]
+    others = {layer.removeprefix("base_model.model."): r for layer, r in layers.items() if r != rank}
+    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    if alpha is None:
+        raise TrainError(
+            f"there is no {ADAPTER_CONFIG} beside the shards; rank {rank} and targets {', '.join(targets)} follow from the "
+            "weights, lora_alpha does not",
+            f"Give it as it was in training: --lora-alpha {2 * rank}. Or copy the run's {ADAPTER_CONFIG} there.",
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "rank_pattern": others,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "bias": "none",
+    }
+    return config, (
+        f"no {ADAPTER_CONFIG}: rank {rank} and targets {', '.join(targets)} inferred, lora_alpha {alpha:g} given",
+    )

@@ -1,0 +1,235 @@
+"""Tensors of a file written by torch.save, without torch and without running anything that the file asks for.
+
+Such a file is a zip archive: a pickle that describes objects, and one stored member for each tensor storage
+(https://docs.pytorch.org/docs/stable/notes/serialization.html). The pickle may name any Python function. Here a short
+list of names builds tensors and containers, a second one becomes objects that do nothing, and every other name is an
+error. Storages are read from their place in the file when somebody asks, so that frozen weights cost nothing.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import collections
+import io
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .spec import TrainError
+from .tensor_files import NUMPY_DTYPES
+from .tensor_header import DTYPE_BITS
+
+MAX_PICKLE_BYTES = 2**28
+STORAGES = {
+    "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
+    "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "UntypedStorage": "U8",
+}  # fmt: skip
+
+INERT = re.compile(
+    r"deepspeed\.runtime\.fp16\.loss_scaler\.(LossScaler|DynamicLossScaler)"
+    r"|deepspeed\.utils\.tensor_fragment\.\w+"
+    r"|deepspeed\.runtime\.\w+(\.\w+)*\.\w*(Config|Enum)"
+    r"|mmengine\.logging\.history_buffer\.HistoryBuffer"
+    r"|mmengine\.config\.config\.(Config|ConfigDict)"
+    r"|addict\.addict\.Dict"
+    r"|numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|ndarray|dtype|random\.\w+)"
+    r"|torch\.(device|dtype|bfloat16|float16|float32|float64|int64|Generator)"
+    r"|argparse\.Namespace|pathlib\.(PosixPath|Path|PurePosixPath)|datetime\.\w+|_codecs\.encode|builtins\.(getattr|set|slice|complex)"
+)
+"""Names that training programs are known to leave in their files, and that no tensor needs."""
+
+
+DAMAGE = (
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
+    ValueError, struct.error,
+)  # fmt: skip
+"""What a pickle that was damaged or made up may end in."""
+
+
+@dataclass(frozen=True)
+class ArchiveTensor:
+    """A tensor in the file, not read yet."""
+
+    path: Path
+    dtype: str
+    """A key of tensor_header.DTYPE_BITS."""
+    at: int
+    """Byte offset in the file of its first element."""
+    shape: tuple[int, ...]
+    is_contiguous: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, start: int, numel: int) -> np.ndarray:
+        """A copy of `numel` elements from element `start` of the flattened tensor; BF16 as uint16 bits. Raises TrainError."""
+        assert self.is_contiguous
+        assert 0 <= start <= start + numel <= self.numel, (start, numel, self.numel)
+        kind = np.dtype(NUMPY_DTYPES[self.dtype])
+        out = np.empty(numel, kind)
+        buffer, offset = out.view(np.uint8).data, self.at + start * kind.itemsize
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(buffer):
+                size = os.preadv(fd, [buffer[done:]], offset + done)
+                if size == 0:
+                    raise TrainError(f"{self.path}: ends at byte {offset + done} while it is being read")
+                done += size
+        except OSError as e:
+            raise TrainError(f"{self.path}: cannot be read: {e.strerror}") from e
+        finally:
+            os.close(fd)
+        return out
+
+
+class Inert:
+    """What stands in for an object of a known kind: can be made, called and given a state, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        return Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+
+def read_archive(path: Path) -> Any:
+    """The objects of the file, with ArchiveTensor for every tensor. Raises TrainError, naming the file and what it asked for."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(path, archive)
+    except OSError as e:
+        raise TrainError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except zipfile.BadZipFile as e:
+        raise TrainError(
+            f"{path}: is not an archive of torch.save ({e})",
+            "It is cut short, or written by torch < 1.6: save it again.",
+        ) from e
+
+
+def _read(path: Path, archive: zipfile.ZipFile) -> Any:
+    members = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise TrainError(f"{path}: holds {len(pickles)} pickles, an archive of torch.save holds one")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        raise TrainError(f"{path}: was written on a big-endian machine")
+    if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
+        raise TrainError(f"{path}: its pickle has {members[pickles[0]].file_size} bytes, more than {MAX_PICKLE_BYTES}")
+    reader = _Reader(
+        io.BytesIO(archive.read(pickles[0])), path, {n: i for n, i in members.items() if n.startswith(root)}, root
+    )
+    try:
+        return reader.load()
+    except TrainError:
+        raise
+    except DAMAGE as e:
+        raise TrainError(f"{path}: its pickle is damaged ({type(e).__name__}: {e})", "Copy or save it again.") from e
+
+
+class _Reader(pickle.Unpickler):
+    """Finds only what `_BUILDERS`, STORAGES and INERT name."""
+
+    def __init__(self, data: io.BytesIO, path: Path, members: dict[str, zipfile.ZipInfo], root: str) -> None:
+        super().__init__(data)
+        self.path, self.members, self.root = path, members, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        # torch writes protocol 2, which calls modules by their names of Python 2.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        full = f"{module}.{name}"
+        if full in _BUILDERS:
+            return _BUILDERS[full]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
+        if INERT.fullmatch(full):
+            return Inert
+        raise TrainError(
+            f"{self.path}: asks for {full}, which has no place in a checkpoint; nothing of it was run",
+            "If you trust where it comes from, load it with the program that wrote it and save the tensors alone.",
+        )
+
+    def persistent_load(self, pid: Any) -> tuple[Path, str, int, int]:
+        """(file, dtype, byte offset of the storage, its number of elements)."""
+        _, dtype, key, _, numel = pid
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS or not isinstance(numel, int) or numel < 0:
+            raise TrainError(f"{self.path}: describes a storage as {str(pid)[:80]}")
+        info = self.members.get(f"{self.root}data/{key}")
+        if info is None:
+            raise TrainError(f"{self.path}: has no storage {str(key)[:40]!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size < numel * DTYPE_BITS[dtype] // 8:
+            raise TrainError(
+                f"{self.path}: storage {key} has {info.file_size} bytes, {numel} elements of {dtype} were promised"
+            )
+        return self.path, dtype, self._place(info), numel
+
+    def _place(self, info: zipfile.ZipInfo) -> int:
+        """Where a stored member's bytes begin: behind its local header, whose name and extra field vary in length."""
+        with open(self.path, "rb") as f:
+            f.seek(info.header_offset)
+            header = f.read(30)
+        if len(header) != 30 or header[:4] != b"PK\x03\x04":
+            raise TrainError(f"{self.path}: the archive is damaged at byte {info.header_offset}")
+        name, extra = struct.unpack("<HH", header[26:])
+        return info.header_offset + 30 + name + extra
+
+
+def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> ArchiveTensor:
+    """torch._utils._rebuild_tensor_v2."""
+    path, dtype, at, numel = storage
+    shape, stride = tuple(shape), tuple(stride)
+    expected = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    contiguous = all(have == want or size == 1 for have, want, size in zip(stride, expected, shape, strict=True))
+    if not 0 <= offset <= offset + (math.prod(shape) if contiguous else 0) <= numel:
+        raise TrainError(f"{path}: a tensor of shape {shape} does not fit into its storage")
+    return ArchiveTensor(path, dtype, at + offset * DTYPE_BITS[dtype] // 8, shape, contiguous or math.prod(shape) == 0)
+
+
+def _first(tensor: Any, *rest: Any) -> Any:
+    """torch._utils._rebuild_parameter."""
+    return tensor
+
+
+def _from_type(function: Callable[..., Any], kind: Any, args: tuple[Any, ...], state: Any) -> Any:
+    """torch._tensor._rebuild_from_type_v2: `function` is one of ours, or Inert."""
+    return function(*args)
+
+
+_BUILDERS: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "collections.defaultdict": lambda *args: {},
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.Tensor": Inert,
+    "torch.nn.parameter.Parameter": Inert,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+}
