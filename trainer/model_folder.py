@@ -15,6 +15,8 @@ TRANSFORMERS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".vocab", ".spm", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 OWN_FILES = ("config.json", "consolidation.json", "merge_report.json", "adapter_config.json")
+TRAINER_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "zero_to_fp32.py", "zero_to_torch.py")
+"""What HF Trainer and DeepSpeed put beside the model that they train."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_FILE = "chat_template.jinja"
 OWN_TEMPLATE = "model"
@@ -111,6 +113,11 @@ def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE) -> list
 
 
 def _is_companion(name: str) -> bool:
-    if name in OWN_FILES or name.endswith(".index.json") or name.startswith(".") or not is_printable_name(name):
+    if (
+        name in (*OWN_FILES, *TRAINER_FILES)
+        or name.endswith(".index.json")
+        or name.startswith(".")
+        or not is_printable_name(name)
+    ):
         return False
     return name.endswith(COMPANION_SUFFIXES) or name.startswith(COMPANION_PREFIXES)

@@ -63,6 +63,12 @@ def test_the_weights_are_those_of_deepspeeds_own_tool(
     rounded = consolidated(checkpoint, tmp_path / "bf16")
     assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
     assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in expected.items())
+    # What DeepSpeed and the Trainer put beside their shards has no place in a model.
+    assert not {p.name for p in (tmp_path / "bf16").iterdir()} & {
+        "zero_to_fp32.py",
+        "zero_to_torch.py",
+        "trainer_state.json",
+    }
     if method == "full":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.float32).state_dict()
         assert torch.equal(loaded["lm_head.weight"], expected["model.embed_tokens.weight"].float())
