@@ -37,8 +37,11 @@ class RunDir:
         return self.root / "recipe.yaml"
 
     def earlier_recipe(self, attempt: int) -> Path:
-        """The recipe that was in force until `attempt` changed it."""
-        return self.root / f"recipe.before_attempt_{attempt}.yaml"
+        """Where to keep the recipe that was in force until `attempt` changed it; a name that is free."""
+        path, number = self.root / f"recipe.before_attempt_{attempt}.yaml", 2
+        while path.exists():
+            path, number = self.root / f"recipe.before_attempt_{attempt}.{number}.yaml", number + 1
+        return path
 
     @property
     def plan(self) -> Path:

@@ -160,9 +160,11 @@ def start(request: Request, detached: bool) -> int:
 
 def resume(name: str, request: Request, detached: bool) -> int:
     """Continue a run: the stages that are done stay done, training goes on from its newest verified checkpoint."""
-    from .recipe import dump_recipe
+    from trainer.checkpoint_format import MANIFEST, list_checkpoints
+
     from .resume_changes import affects_report, affects_training
     from .status import DONE, RUNNING, find_run, read_status
+    from .supervise import hold
 
     if request.run_dir is not None or request.debug:
         raise LaunchError(
@@ -175,7 +177,8 @@ def resume(name: str, request: Request, detached: bool) -> int:
     done = frozenset(stage for stage, state in status.stages.items() if state == DONE)
     if "train" not in done:
         done = frozenset()  # `prepare` again: it takes no time, unless its cache is gone
-    if "train" not in done and not any(run.checkpoints.glob("step_*/manifest.json")):
+    steps = [step for step, path in list_checkpoints(run.checkpoints) if (path / MANIFEST).is_file()]
+    if "train" not in done and not steps:
         raise LaunchError(
             f"{run.run_id} has no checkpoint: it ended ({status.state}) before the first one was saved",
             f"Start it anew: launch {run.recipe}\nSave more often: checkpoint.every_steps",
@@ -186,6 +189,12 @@ def resume(name: str, request: Request, detached: bool) -> int:
     request = _same_devices(request, old)
     given, found = _changed_recipe(request, run)
     if affects_training(found):
+        last_step = given.recipe.train.max_steps
+        if last_step is not None and steps and steps[0] >= last_step:
+            raise LaunchError(
+                f"training has ended at step {steps[0]} of {last_step}: nothing would be learnt with the new values",
+                "Raise train.max_steps too (--force-key train.max_steps), or start a new run.",
+            )
         done = frozenset()
     elif affects_report(found):
         done -= {"evaluate"}
@@ -197,14 +206,27 @@ def resume(name: str, request: Request, detached: bool) -> int:
     spec = replace(plan.spec, recipe_name=old["spec"]["recipe_name"])
     plan = replace(plan, spec=spec, command=old["command"])
     attempt = status.attempt + 1
-    if found:
-        print("changed since it was started:", *(f"  {change}" for change in found), sep="\n", flush=True)
-        write_atomic(run.earlier_recipe(attempt), run.recipe.read_text(encoding="utf-8"))
-        write_atomic(run.recipe, dump_recipe(given))
-    write_run(run, plan, loaded, attempt, request)
+    with hold(run):
+        if found:
+            _change_recipe(run, status, done, given, found)
+        write_run(run, plan, loaded, attempt, request)
     kept = ", ".join(sorted(done)) or "none"
     print(f"resuming {run.run_id}, attempt {attempt}; stages already done: {kept}", flush=True)
     return _go(run, attempt, done, detached)
+
+
+def _change_recipe(run: RunDir, status: Any, done: frozenset[str], given: Any, found: list[Any]) -> None:
+    """Put `given` in the place of the run's recipe, which is kept beside it; stages that are not in `done` have to run again."""
+    from .recipe import dump_recipe
+    from .status import STOPPED
+
+    print("changed since it was started:", *(f"  {change}" for change in found), sep="\n", flush=True)
+    # First: were this command to end before the stages run again, the next resume must not find them done.
+    status.stages = {stage: state if stage in done else "waiting" for stage, state in status.stages.items()}
+    status.state = STOPPED
+    status.write(run)
+    write_atomic(run.earlier_recipe(status.attempt + 1), run.recipe.read_text(encoding="utf-8"))
+    write_atomic(run.recipe, dump_recipe(given))
 
 
 def _same_devices(request: Request, old: dict[str, Any]) -> Request:

@@ -37,6 +37,22 @@ class Watcher(Protocol):
     def note(self, text: str) -> None: ...
 
 
+def hold(run: RunDir) -> IO[str]:
+    """The run's lock, held as long as the file is open. Raises LaunchError when another launcher has it."""
+    try:
+        lock = open(run.supervisor_lock, "w", encoding="utf-8")  # noqa: SIM115  # closed by the caller
+    except OSError as e:
+        raise LaunchError(f"cannot write into {run.root}: {e.strerror}", "Free some space.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise LaunchError(
+            f"{run.run_id} is being run by another launcher", f"Watch it: launch runs watch {run.root}"
+        ) from None
+    return lock
+
+
 class Supervisor:
     """One attempt of a run. The first SIGINT, SIGTERM or SIGHUP stops it after a checkpoint, the second kills."""
 
@@ -63,7 +79,7 @@ class Supervisor:
 
     def go(self, done: frozenset[str] = frozenset()) -> int:
         """Run every stage that is not in `done`. Returns 0, 2, 70, 75 or 130; never leaves a process behind."""
-        lock = self._lock()
+        lock = hold(self.run)
         self.run.stop_request.unlink(missing_ok=True)
         restore = self._catch_signals()
         try:
@@ -80,21 +96,6 @@ class Supervisor:
         finally:
             restore()
             lock.close()
-
-    def _lock(self) -> IO[str]:
-        """Held as long as the file is open. Raises LaunchError when another supervisor runs this folder."""
-        try:
-            lock = open(self.run.supervisor_lock, "w", encoding="utf-8")  # noqa: SIM115  # closed when the attempt ends
-        except OSError as e:
-            raise LaunchError(f"cannot write into {self.run.root}: {e.strerror}", "Free some space.") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise LaunchError(
-                f"{self.run.run_id} is being run by another launcher", f"Watch it: launch runs watch {self.run.root}"
-            ) from None
-        return lock
 
     def _end(self, state: str, code: int) -> int:
         self.status.state, self.status.exit_code = state, code

@@ -6,6 +6,8 @@ format is documented in checkpoint_format.py.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ def find(spec: TrainSpec, ranks: Ranks) -> tuple[Path | None, list[tuple[Path, s
     if ranks.rank == 0:
         root = Path(spec.paths.checkpoints_dir)
         answer[0] = newest_verified(root) if root.is_dir() else (None, [])
+        for damaged, _ in answer[0][1]:
+            # Out of the way of `checkpoint.keep`: it must not take the place of a whole one.
+            with contextlib.suppress(OSError):
+                os.rename(damaged, damaged.with_name(f"{damaged.name}.damaged"))
     dist.broadcast_object_list(answer)
     return answer[0]
 

@@ -160,6 +160,13 @@ def make_plan(
     """Names, shapes and files of the result. Raises TrainError when they do not fit together."""
     if foreign is not None:
         plan = _make_plan(step_dir, foreign.manifest, dtype, base or foreign.base, max_bytes)
+        lost = [name for name in foreign.frozen if name not in plan.untrained]
+        # A tied head counts among the frozen where the embedding is.
+        if any(not name.endswith(HEADS) for name in lost):
+            raise TrainError(
+                f"{len(lost)} weights were not trained and are not in the shards, such as {lost[0]}",
+                "Give the folder of the model that training began with: --base FOLDER.",
+            )
         return dataclasses.replace(plan, slices=foreign.slices)
     return _make_plan(step_dir, read_manifest(step_dir), dtype, base, max_bytes)
 

@@ -46,6 +46,8 @@ class ForeignCheckpoint:
     """As of a checkpoint of ours; `files` is empty."""
     slices: dict[str, list[Slice]]
     """Parameter -> its elements in order."""
+    frozen: tuple[str, ...]
+    """Of a full model, the weights that were not trained and are not in the shards: the base must have them."""
     base: Path | None
     """Folder beside the shards that has a config.json."""
     notes: tuple[str, ...]
@@ -59,12 +61,12 @@ def find_shards(source: Path, step: int | None) -> Path | None:
     """
     if not source.is_dir():
         return None
-    if shards := _shards_of(source):
+    if shards := _shards_of(source, step):
         return shards
     found = {
         int(m[1]): path for path in source.iterdir() if (m := TRAINER_FOLDER.fullmatch(path.name)) and path.is_dir()
     }
-    steps = {number: shards for number, path in sorted(found.items()) if (shards := _shards_of(path))}
+    steps = {number: shards for number, path in sorted(found.items()) if (shards := _shards_of(path, None))}
     if not steps:
         return None
     if step is not None and step not in steps:
@@ -72,18 +74,25 @@ def find_shards(source: Path, step: int | None) -> Path | None:
     return steps[max(steps) if step is None else step]
 
 
-def _shards_of(folder: Path) -> Path | None:
+def _shards_of(folder: Path, step: int | None) -> Path | None:
+    tags = {path.name: path for path in folder.glob("global_step*") if _has_shards(path)}
+    if step is not None and tags:
+        if f"global_step{step}" not in tags:
+            raise TrainError(f"{folder} holds no step {step}", f"There are: {', '.join(sorted(tags))}")
+        return tags[f"global_step{step}"]
     latest = folder / "latest"
     candidates = [folder]
     if latest.is_file():
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()[:200]
-        if Path(tag).name != tag:
+        if Path(tag).name != tag or tag == "..":
             raise TrainError(f"{latest}: names {tag!r}, which is no folder beside it")
         candidates.append(folder / tag)
-    candidates += sorted(folder.glob("global_step*"), key=lambda p: int("0" + re.sub(r"\D", "", p.name)), reverse=True)
-    return next(
-        (c for c in candidates if c.is_dir() and any(OPTIMIZER_FILE.fullmatch(p.name) for p in c.iterdir())), None
-    )
+    candidates += sorted(tags.values(), key=lambda p: int("0" + re.sub(r"\D", "", p.name)), reverse=True)
+    return next((candidate for candidate in candidates if _has_shards(candidate)), None)
+
+
+def _has_shards(folder: Path) -> bool:
+    return folder.is_dir() and any(OPTIMIZER_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def read(shards: Path, alpha: float | None) -> ForeignCheckpoint:
@@ -107,12 +116,12 @@ def read(shards: Path, alpha: float | None) -> ForeignCheckpoint:
     is_adapter = any(".lora_A." in name for name in parameters)
     home = _home(shards)
     config, notes = _adapter_config(home, parameters, alpha) if is_adapter else (None, ())
-    if model.get("frozen_param_shapes") and not is_adapter:
-        notes = (*notes, "frozen weights are taken from the base")
+    frozen = model.get("frozen_param_shapes")
+    frozen = [str(name) for name in frozen] if isinstance(frozen, dict) and not is_adapter else []
     base = home if home is not None and (home / "config.json").is_file() else None
     manifest = Manifest(
         run_id="",
-        step=int(model.get("global_steps") or 0),
+        step=_number(model.get("global_steps")),
         world_size=len(files),
         dp=len(files),
         sp=1,
@@ -125,7 +134,9 @@ def read(shards: Path, alpha: float | None) -> ForeignCheckpoint:
         files=(),
         state={},
     )
-    return ForeignCheckpoint(manifest, {names[name]: pieces for name, pieces in slices.items()}, base, notes)
+    wrapper = next(long.removesuffix(plain) for long, plain in names.items())
+    frozen = [name.removeprefix(wrapper) for name in frozen]
+    return ForeignCheckpoint(manifest, {names[n]: pieces for n, pieces in slices.items()}, tuple(frozen), base, notes)
 
 
 def _dictionary(value: Any, path: Path) -> dict[str, Any]:
@@ -163,7 +174,9 @@ def _parameter_groups(model: dict[str, Any], path: Path) -> list[dict[str, tuple
     groups = [groups] if isinstance(groups, dict) else groups
     if not isinstance(groups, list) or not groups or not all(isinstance(g, dict) for g in groups):
         raise TrainError(f"{path}: has no param_shapes: a file of another program, or of ZeRO stage 0")
-    shapes = [{str(name): tuple(int(n) for n in shape) for name, shape in group.items()} for group in groups]
+    if not all(isinstance(s, tuple) and all(type(n) is int for n in s) for group in groups for s in group.values()):
+        raise TrainError(f"{path}: param_shapes are not shapes")
+    shapes = [{str(name): shape for name, shape in group.items()} for group in groups]
     empty = [name for group in shapes for name, shape in group.items() if math.prod(shape) == 0]
     if empty:
         raise TrainError(f"{path}: {empty[0]} has no elements")
@@ -174,13 +187,18 @@ def _stage(optimizers: Sequence[dict[str, Any]], files: Sequence[Path]) -> int:
     for optimizer, path in zip(optimizers, files, strict=True):
         if ("fp32_flat_groups" in optimizer) == ("single_partition_of_fp32_groups" in optimizer):
             raise TrainError(f"{path}: has no fp32 masters of ZeRO-1, 2 or 3")
-    return 3 if "fp32_flat_groups" in optimizers[0] else int(optimizers[0].get("zero_stage") or 2)
+    return 3 if "fp32_flat_groups" in optimizers[0] else _number(optimizers[0].get("zero_stage")) or 2
+
+
+def _number(value: Any) -> int:
+    """A count, 0 where there is none."""
+    return value if type(value) is int and value > 0 else 0
 
 
 def _check_count(optimizers: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
     count = optimizers[0].get("partition_count")
-    count = max(count) if isinstance(count, list) else count
-    if isinstance(count, int) and count != len(files):
+    count = count[0] if isinstance(count, list) and count else count
+    if _number(count) not in (0, len(files)):
         raise TrainError(f"{files[0].parent}: was written by {count} ranks, the files of {len(files)} are here")
 
 
@@ -204,11 +222,24 @@ def _grouped(
         if any(len(flat) <= number for flat in flats):
             raise TrainError(f"{files[0].parent}: has fewer groups of masters than of parameters")
         parts = [flat[number] for flat in flats]
+        # zero_optimization.parameter_alignment: room behind each parameter.
+        paddings = optimizers[0].get("param_alignment_paddings")
+        room = paddings[number] if isinstance(paddings, list) else [0] * len(group)
         at = 0
-        for name, shape in group.items():
+        for (name, shape), padding in zip(group.items(), room, strict=True):
             slices[name] = _cut(parts, at, math.prod(shape), name, files[0].parent)
-            at += math.prod(shape)
+            at += math.prod(shape) + padding
+        _check_used(at, sum(part.numel for part in parts), len(parts), files[0].parent)
     return slices
+
+
+def _check_used(at: int, held: int, num_ranks: int, folder: Path) -> None:
+    """Both rounded up as DeepSpeed does (2 x ranks): what is left over would mean another layout."""
+    align = 2 * num_ranks
+    if -(-at // align) != -(-held // align):
+        raise TrainError(
+            f"{folder}: the masters hold {held} elements, the parameters {at}: another layout than is known"
+        )
 
 
 def _sharded_whole(
@@ -228,6 +259,8 @@ def _sharded_whole(
                 pieces += [(rank * share + f, t, a, n) for f, t, a, n in _cut(parts, at, held, name, files[0].parent)]
         slices[name] = pieces
         at += share
+    for parts in flats:
+        _check_used(at, sum(part.numel for part in parts), len(flats), files[0].parent)
     return slices
 
 

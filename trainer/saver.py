@@ -65,6 +65,8 @@ class Saved:
     """How much of it the step loop stood still."""
     problem: TrainError | None = None
     """Why there is no such checkpoint."""
+    remark: str = ""
+    """What went wrong beside it; on rank 0."""
 
 
 class Saver:
@@ -74,8 +76,10 @@ class Saver:
         self._engine, self._spec, self._ranks = engine, spec, ranks
         self._root = Path(spec.paths.checkpoints_dir)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._work: Future[None] | None = None
-        """What this rank does for the save under way; None between saves. All ranks agree on whether there is one."""
+        self._work: Future[str] | None = None
+        """What this rank does for the save under way; None between saves. All ranks agree on whether there is one.
+        Its result is a remark for the log, or empty."""
+        self._remark = ""
         self._is_publishing = False
         self._name, self._manifest = "", None
         self._began = self._stalled_s = 0.0
@@ -134,7 +138,7 @@ class Saver:
 
     def _begin(self, progress: dict[str, int]) -> None:
         self._name, self._began, self._stalled_s = step_folder_name(progress["step"]), time.perf_counter(), 0.0
-        self._is_publishing, self._problem = False, None
+        self._is_publishing, self._problem, self._remark = False, None, ""
         self._manifest = _manifest(self._engine, self._spec, progress)
         refused: TrainError | None = None
         if self._ranks.rank == 0:
@@ -149,7 +153,8 @@ class Saver:
         )
 
     def _saved(self) -> Saved:
-        return Saved(self._name, time.perf_counter() - self._began, self._stalled_s, self._problem)
+        seconds = time.perf_counter() - self._began
+        return Saved(self._name, seconds, self._stalled_s, self._problem, self._remark)
 
     def _look(self) -> None:
         """Begin the next phase, or end the save, when all ranks are ready for it."""
@@ -162,6 +167,8 @@ class Saver:
         num_done, num_failed, num_published = (int(n) for n in flags.tolist())
         if num_failed:
             self._problem = self._given_up()
+        elif published:
+            self._remark = self._work.result()
         if num_failed or num_published:
             self._work = None
         elif num_done == self._ranks.world_size and not self._is_publishing:
@@ -175,14 +182,16 @@ class Saver:
         """The problem of the lowest rank that has one. What was written is removed."""
         assert self._work is not None
         own = self._work.exception()
-        if own is not None and not isinstance(own, TrainError):
-            raise own
         words = torch.zeros(self._ranks.world_size, PROBLEM_BYTES, dtype=torch.uint8, device=self._ranks.device)
         if own is not None:
-            text = json.dumps([own.message[:800], own.hint[:500]]).encode()
+            said = (own.message, own.hint) if isinstance(own, TrainError) else (f"{type(own).__name__}: {own}", "")
+            text = json.dumps([said[0][:400], said[1][:250]]).encode()
             words[self._ranks.rank, : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
         dist.all_reduce(words)
         texts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in words.cpu()]
+        if own is not None and not isinstance(own, TrainError):
+            # A bug: its traceback says more, and every rank has been told.
+            raise own
         message, hint = json.loads(next(text for text in texts if text))
         if self._ranks.rank == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -190,7 +199,7 @@ class Saver:
         return TrainError(f"cannot save the checkpoint {self._name}: {message}", f"{hint}\n{resume}".strip())
 
 
-def _refuse(problem: TrainError) -> None:
+def _refuse(problem: TrainError) -> str:
     raise problem
 
 
@@ -227,7 +236,14 @@ class _Shard:
         if ranks.device.type == "cuda":
             self._tensors["rng|cuda"] = torch.cuda.get_rng_state(ranks.device)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> str:
+        try:
+            self._write(folder)
+        except OSError as e:
+            raise storage_error(e, folder) from e
+        return ""
+
+    def _write(self, folder: Path) -> None:
         """The shard, and beside it the row that describes it. Raises TrainError, also when the disk gives back other bytes.
 
         The row goes to rank 0 as a file: gloo copies objects of this size in threads of its own, each of which starts
@@ -240,10 +256,7 @@ class _Shard:
                 writer.write(name, tensor.cpu().numpy())
         self._tensors.clear()
         row = ShardFile(path.name, self._rank, path.stat().st_size, writer.sha256(), self._fragments)
-        try:
-            read_back = sha256_file(path, from_disk=True)
-        except OSError as e:
-            raise TrainError(f"{path}: cannot be read back: {e.strerror}") from e
+        read_back = sha256_file(path, from_disk=True)
         if read_back != row.sha256:
             raise TrainError(f"{path}: the disk gives back other bytes than were written", "Check the disk (dmesg).")
         write_json(_row_file(folder, self._rank), dataclasses.asdict(row))
@@ -253,22 +266,24 @@ def _row_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.json"
 
 
-def _publish(partial: Path, manifest: Manifest, num_ranks: int, keep: int) -> None:
-    """Make the shards a checkpoint, and prune. Raises TrainError; then either nothing or everything is published."""
+def _publish(partial: Path, manifest: Manifest, num_ranks: int, keep: int) -> str:
+    """Make the shards a checkpoint, and prune. Raises TrainError; then nothing is published. Returns what pruning ran into."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     try:
         shards = tuple(_take_row(partial, rank) for rank in range(num_ranks))
         write_manifest(partial, dataclasses.replace(manifest, files=shards))
         # Their bytes were compared when they were written.
         problems = verify(partial, hashes=False)
-        assert not problems, problems
+        if problems:
+            raise TrainError("\n".join(problems), "The disk gives back something else than was written.")
         _rename(partial, final)
     except OSError as e:
         raise storage_error(e, final) from e
     try:
         _prune(final.parent, manifest.step, keep)
     except OSError as e:
-        raise TrainError(f"{final.name} is saved, but an older one cannot be removed: {e.strerror}") from e
+        return f"{final.name} is saved, but an older one cannot be removed: {e.strerror}"
+    return ""
 
 
 def _take_row(folder: Path, rank: int) -> ShardFile:

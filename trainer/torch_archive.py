@@ -17,6 +17,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from .disk import regular_size
 from .spec import TrainError
 from .tensor_files import NUMPY_DTYPES
 from .tensor_header import DTYPE_BITS
 
-MAX_PICKLE_BYTES = 2**28
+MAX_PICKLE_BYTES = 2**26
+MAX_DIMENSIONS = 64
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
@@ -50,7 +53,10 @@ INERT = re.compile(
 
 
 DAMAGE = (
-    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    zlib.error,
+    zipfile.BadZipFile, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
     ValueError, struct.error,
 )  # fmt: skip
 """What a pickle that was damaged or made up may end in."""
@@ -67,6 +73,9 @@ class ArchiveTensor:
     """Byte offset in the file of its first element."""
     shape: tuple[int, ...]
     is_contiguous: bool
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a pickle may not change a tensor")
 
     @property
     def numel(self) -> int:
@@ -94,6 +103,34 @@ class ArchiveTensor:
         return out
 
 
+@dataclass(frozen=True)
+class _Storage:
+    """A member of the archive; only `_Reader.persistent_load` makes one, so that no pickle can name a file."""
+
+    path: Path
+    dtype: str
+    at: int
+    numel: int
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a pickle may not change a storage")
+
+
+class _Builder:
+    """A function that a pickle may call, in a form that it cannot change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a pickle may not change a function")
+
+
 class Inert:
     """What stands in for an object of a known kind: can be made, called and given a state, and does nothing."""
 
@@ -119,6 +156,7 @@ class Inert:
 def read_archive(path: Path) -> Any:
     """The objects of the file, with ArchiveTensor for every tensor. Raises TrainError, naming the file and what it asked for."""
     try:
+        regular_size(path)
         with zipfile.ZipFile(path) as archive:
             return _read(path, archive)
     except OSError as e:
@@ -136,10 +174,13 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Any:
     if len(pickles) != 1:
         raise TrainError(f"{path}: holds {len(pickles)} pickles, an archive of torch.save holds one")
     root = pickles[0].removesuffix("data.pkl")
+    for name, limit in ((f"{root}byteorder", 16), (pickles[0], MAX_PICKLE_BYTES)):
+        info = members.get(name)
+        # A compressed member could grow to anything; torch stores them as they are.
+        if info is not None and (info.compress_type != zipfile.ZIP_STORED or info.file_size > limit):
+            raise TrainError(f"{path}: {name} has {info.file_size} bytes, or is compressed; at most {limit} are read")
     if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
         raise TrainError(f"{path}: was written on a big-endian machine")
-    if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-        raise TrainError(f"{path}: its pickle has {members[pickles[0]].file_size} bytes, more than {MAX_PICKLE_BYTES}")
     reader = _Reader(
         io.BytesIO(archive.read(pickles[0])), path, {n: i for n, i in members.items() if n.startswith(root)}, root
     )
@@ -174,8 +215,7 @@ class _Reader(pickle.Unpickler):
             "If you trust where it comes from, load it with the program that wrote it and save the tensors alone.",
         )
 
-    def persistent_load(self, pid: Any) -> tuple[Path, str, int, int]:
-        """(file, dtype, byte offset of the storage, its number of elements)."""
+    def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, _, numel = pid
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS or not isinstance(numel, int) or numel < 0:
             raise TrainError(f"{self.path}: describes a storage as {str(pid)[:80]}")
@@ -186,7 +226,7 @@ class _Reader(pickle.Unpickler):
             raise TrainError(
                 f"{self.path}: storage {key} has {info.file_size} bytes, {numel} elements of {dtype} were promised"
             )
-        return self.path, dtype, self._place(info), numel
+        return _Storage(self.path, dtype, self._place(info), numel)
 
     def _place(self, info: zipfile.ZipInfo) -> int:
         """Where a stored member's bytes begin: behind its local header, whose name and extra field vary in length."""
@@ -199,15 +239,20 @@ class _Reader(pickle.Unpickler):
         return info.header_offset + 30 + name + extra
 
 
-def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> ArchiveTensor:
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> ArchiveTensor:
     """torch._utils._rebuild_tensor_v2."""
-    path, dtype, at, numel = storage
-    shape, stride = tuple(shape), tuple(stride)
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor without a storage of this file")
+    numbers = (offset, *shape, *stride)
+    if len(numbers) > 2 * MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError(f"a tensor of shape {str(shape)[:80]}")
+    shape = tuple(shape)
     expected = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     contiguous = all(have == want or size == 1 for have, want, size in zip(stride, expected, shape, strict=True))
-    if not 0 <= offset <= offset + (math.prod(shape) if contiguous else 0) <= numel:
-        raise TrainError(f"{path}: a tensor of shape {shape} does not fit into its storage")
-    return ArchiveTensor(path, dtype, at + offset * DTYPE_BITS[dtype] // 8, shape, contiguous or math.prod(shape) == 0)
+    if offset + (math.prod(shape) if contiguous else 0) > storage.numel:
+        raise TrainError(f"{storage.path}: a tensor of shape {shape} does not fit into its storage")
+    at = storage.at + offset * DTYPE_BITS[storage.dtype] // 8
+    return ArchiveTensor(storage.path, storage.dtype, at, shape, contiguous or math.prod(shape) == 0)
 
 
 def _first(tensor: Any, *rest: Any) -> Any:
@@ -222,13 +267,13 @@ def _from_type(function: Callable[..., Any], kind: Any, args: tuple[Any, ...], s
 
 _BUILDERS: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
-    "collections.defaultdict": lambda *args: {},
+    "collections.defaultdict": _Builder(lambda *args: {}),
     "torch.Size": tuple,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._utils._rebuild_tensor": _Builder(_tensor),
+    "torch._utils._rebuild_tensor_v2": _Builder(_tensor),
+    "torch._utils._rebuild_parameter": _Builder(_first),
+    "torch._utils._rebuild_parameter_with_state": _Builder(_first),
+    "torch._tensor._rebuild_from_type_v2": _Builder(_from_type),
     "torch.Tensor": Inert,
     "torch.nn.parameter.Parameter": Inert,
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,

@@ -31,7 +31,7 @@ from .progress import Progress, Step
 from .sampling import Sampler
 from .saver import Saver
 from .sequence_parallel import rank_batch
-from .spec import EXIT_INTERRUPTED, OptimSpec, Prepared, TrainSpec, read_plan
+from .spec import EXIT_INTERRUPTED, OptimSpec, Prepared, TrainError, TrainSpec, read_plan
 from .template import ChatTemplate, load_template
 from .train_log import Log
 
@@ -122,7 +122,10 @@ def _finishing(saver: Saver, log: Log) -> Iterator[None]:
     try:
         yield
     except NotFiniteError:
-        log.saved(saver.finish())
+        try:
+            log.saved(saver.finish())
+        except TrainError as unsaved:
+            print(f"WARNING: {unsaved}", flush=True)
         raise
 
 

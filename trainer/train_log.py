@@ -125,6 +125,8 @@ class Log:
                     print(f"WARNING: {save.problem}\nTraining goes on (checkpoint.on_error: continue).", flush=True)
                 self._event("checkpoint_failed", checkpoint=save.name, problem=save.problem.message)
                 continue
+            if save.remark:
+                print(f"WARNING: {save.remark}", flush=True)
             if self.enabled:
                 print(
                     f"saved {save.name} in {save.seconds:.2f} s, training stood still for {save.stalled_s:.2f} s",

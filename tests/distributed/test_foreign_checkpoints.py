@@ -17,6 +17,7 @@ from support.many_runs import carry_out
 from transformers import AutoModelForCausalLM
 
 from trainer import consolidate
+from trainer.deepspeed_folder import find_shards
 from trainer.spec import TrainError
 
 CASES = [(by, method, zero) for by in ("deepspeed", "trainer") for method in ("full", "lora") for zero in (1, 2, 3)]
@@ -98,6 +99,32 @@ def test_a_rank_that_is_missing_is_named_and_nothing_is_written(foreign: Path, t
         lost.write_bytes(content)
     assert not (tmp_path / "out").exists()
     consolidated(copy, tmp_path / "out")
+
+
+def test_a_step_is_taken_by_its_own_name(foreign: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(foreign / "deepspeed-lora-2", copy)
+    shutil.copytree(copy / "global_step1", copy / "global_step7")
+    (copy / "latest").write_text("global_step7")
+    assert find_shards(copy, None) == copy / "global_step7"
+    assert find_shards(copy, 1) == copy / "global_step1"
+    with pytest.raises(TrainError) as error:
+        find_shards(copy, 3)
+    assert "holds no step 3" in error.value.message
+    assert "global_step7" in error.value.hint
+
+
+def test_frozen_weights_of_a_full_model_must_be_in_the_base(foreign: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(foreign / "deepspeed-full-2", copy)
+    (file,) = (copy / "global_step1").glob("mp_rank_00_model_states.pt")
+    state = torch.load(file, weights_only=False)
+    state["frozen_param_shapes"] = {"model.extra.weight": torch.Size([2, 2])}
+    torch.save(state, file)
+    with pytest.raises(TrainError) as error:
+        consolidated(copy, tmp_path / "out")
+    assert "model.extra.weight" in error.value.message
+    assert "--base" in error.value.hint
 
 
 def test_an_adapter_without_its_config_asks_for_what_the_weights_do_not_say(foreign: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from launcher.progress import Progress
 from launcher.run_dir import RunDir
 from launcher.stages import renumbered, set_output_aside
 from launcher.status import CRASHED, RUNNING, read_status
-from launcher.supervise import Supervisor, failure_text, job_from_dict
+from launcher.supervise import Supervisor, failure_text, hold, job_from_dict
 
 JOB = JobSpec("merge", "trainer.worker", ("merge", "--out", "X"), 1, (), {}, "L", "C", "run")
 
@@ -24,7 +24,7 @@ def supervisor(root: Path) -> Supervisor:
 
 
 def test_second_launcher_is_refused(tmp_path: Path) -> None:
-    first = supervisor(tmp_path)._lock()
+    first = hold(supervisor(tmp_path).run)
     with pytest.raises(LaunchError, match="another launcher"):
         supervisor(tmp_path).go()
     first.close()

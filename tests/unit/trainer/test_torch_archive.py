@@ -136,7 +136,7 @@ def rewritten(path: Path, change: dict[str, bytes | None], compression: int = zi
     [
         ({"data/0": None}, zipfile.ZIP_STORED, "has no storage '0'"),
         ({"data/0": b"abc"}, zipfile.ZIP_STORED, "storage 0 has 3 bytes, 1000 elements of F32 were promised"),
-        ({}, zipfile.ZIP_DEFLATED, "storage 0"),
+        ({}, zipfile.ZIP_DEFLATED, "is compressed"),
         ({"byteorder": b"big"}, zipfile.ZIP_STORED, "big-endian"),
         ({"data.pkl": b"\x80\x02}q\x00(X\x01"}, zipfile.ZIP_STORED, "its pickle is damaged"),
         ({"data.pkl": b""}, zipfile.ZIP_STORED, "its pickle is damaged"),
@@ -205,3 +205,47 @@ def test_xtuners_layout(tmp_path: Path) -> None:
     }
     read_back = [t.read(at, n) for name in found.slices for _, t, at, n in found.slices[name]]
     assert np.array_equal(np.concatenate(read_back), flat.numpy())
+
+
+class AsTensor(Planted):
+    """Asks for a tensor over a file of its own choice."""
+
+
+def test_no_file_but_the_archive_itself_is_read(tmp_path: Path) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_bytes(b"0123456789abcdef" * 4)
+    storage = (secret, "F32", 0, 16)
+    path = saved(
+        tmp_path / "a.pt", AsTensor(torch._utils._rebuild_tensor_v2, storage, 0, (8,), (1,), False, OrderedDict())
+    )
+    with pytest.raises(TrainError, match="a tensor without a storage of this file"):
+        read_archive(path)
+
+
+class Changed:
+    """A known object, to which the pickle then gives another state (opcode BUILD)."""
+
+    def __init__(self, function: Any, args: tuple[Any, ...], state: Any) -> None:
+        self.call = (function, args, state)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_a_tensor_cannot_be_pointed_elsewhere(tmp_path: Path) -> None:
+    value = torch.arange(4.0)
+    function, args = value.__reduce_ex__(2)[:2]
+    state = {"path": str(tmp_path / "other"), "at": 0}
+    path = saved(tmp_path / "a.pt", Changed(function, args, state))
+    with pytest.raises(TrainError, match="may not change a tensor"):
+        read_archive(path)
+
+
+def test_a_compressed_or_endless_member_is_not_unpacked(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", torch.arange(4.0))
+    rewritten(path, {"byteorder": b"l" * 100})
+    with pytest.raises(TrainError, match="byteorder has 100 bytes"):
+        read_archive(path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(TrainError, match="not a regular file"):
+        read_archive(tmp_path / "pipe.pt")
