@@ -165,7 +165,7 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
 
 
 def test_xtuners_layout(tmp_path: Path) -> None:
-    """Built to the layout that XTuner 0.1.23 leaves (`iter_N.pth/`, names under `llm.`): the package does not install here."""
+    """Built to the layout that XTuner 0.1 leaves (`iter_N.pth/`, names under `llm.`), not written by XTuner itself."""
     from trainer.deepspeed_folder import find_shards, read
 
     folder = tmp_path / "work_dirs" / "iter_500.pth"
