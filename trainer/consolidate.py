@@ -1,7 +1,7 @@
 """Stage `consolidate`: a training checkpoint -> a PEFT adapter folder, or a full Hugging Face model folder.
 
-The checkpoint may be ours, or one that DeepSpeed wrote for another program (`deepspeed_folder`). Only the fp32 masters are read, piece by piece, rounded once and written. No torch: importing it alone would take
-longer than the work.
+The checkpoint may be ours, or one that DeepSpeed wrote for another program (`deepspeed_folder`). Only the fp32 masters
+are read, piece by piece, rounded once and written. No torch: importing it alone would take longer than the work.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise TrainError(
-            f"{folder} needs {nbytes / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free",
+            f"{os.strerror(errno.ENOSPC)}: {folder} needs {nbytes / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free",
             "Nothing was written. Free some space on that disk, or write to another one.",
         )
 

@@ -295,9 +295,13 @@ def _take_row(folder: Path, rank: int) -> ShardFile:
 
 def _rename(partial: Path, final: Path) -> None:
     if final.exists():
-        # A checkpoint of this step that the resume has skipped as damaged: it goes aside, and with the next save away.
-        os.replace(final, final.with_name(final.name + ".old" + PARTIAL))
-    os.replace(partial, final)
+        # A checkpoint of this step that the resume has skipped as damaged, and could not set aside.
+        aside = final.with_name(final.name + ".old" + PARTIAL)
+        os.replace(final, aside)
+        os.replace(partial, final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(partial, final)
     fsync_path(final.parent)
 
 
@@ -309,7 +313,6 @@ def _prune(root: Path, newest_step: int, keep: int) -> None:
         dying = path.with_name(path.name + ".old" + PARTIAL)
         os.replace(path, dying)
         shutil.rmtree(dying)
-    shutil.rmtree(root / f"{step_folder_name(newest_step)}.old{PARTIAL}", ignore_errors=True)
 
 
 def _manifest(engine: Any, spec: TrainSpec, progress: dict[str, int]) -> Manifest:

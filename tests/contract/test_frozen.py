@@ -83,6 +83,9 @@ def normalised(value: object, tmp_path: Path) -> str:
     return text + "\n"
 
 
+# `golden` asserts that the text is that of the file.
+
+
 def test_flags_are_frozen(golden: Golden) -> None:
     golden("cli_flags.txt", "\n".join(flags()) + "\n")
 

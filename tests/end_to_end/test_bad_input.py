@@ -178,6 +178,7 @@ def test_run_folder_on_a_full_disk(launch: Launch, folder: Path, small_disk: Pat
     recipe = write_recipe(folder, "train: {max_steps: 2}\n", method="full")
     done = launch(recipe, "--cpu", "1", "--run-dir", str(small_disk / "run"), cwd=folder)
     assert done.returncode == 2, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr
     assert "cannot save the checkpoint step_000002" in done.stderr
     assert "GB free" in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,10 +13,9 @@ from support.many_runs import REAL, carry_out
 from support.matrix import Cell, check_cell, plan_cell, resumable, write_rows
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-HELD_OUT_TOLERANCE = {"fp32": 1e-5, "bf16": 4e-2}
-"""Of one row of 32 supervised tokens, where bf16's rounding does not average out: two stages differ as much as either
-does from one process."""
-RATE = {("full", "fp32"): 1e-6, ("full", "bf16"): 5e-6}
+HELD_OUT = "held_out_files: [held_out.jsonl]"
+"""Many rows: in bf16 the loss of a single one is mostly rounding."""
+RATE = {("full", "fp32"): 1e-6, ("full", "bf16"): 1e-5}
 ADAPTER_RATE = 5e-5
 """Low: where a gradient is all but zero its sign decides Adam's step, and a high rate amplifies every rounding. But five
 steps of a rate that is lower still change hardly any bf16 weight."""
@@ -29,11 +28,12 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
 ) -> None:
     cells = [Cell(method, zero, dtype) for zero in range(4)]
     rate = RATE.get((method, dtype), ADAPTER_RATE)
-    # As many rows as a step takes, and one held out: every step sees the same ones, so that its loss can be compared with the first.
-    write_rows(tmp_path, num_rows=5)
+    # As many rows as a step takes: every step sees the same ones, so that its loss can be compared with the first.
+    write_rows(tmp_path, num_rows=4)
+    write_rows(tmp_path, num_rows=40, name="held_out.jsonl")
     monkeypatch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, rate)
-    runs = [plan_cell(tmp_path, cell, REAL, 64, rate) for cell in cells]
+    reference = plan_cell(tmp_path, cells[0].reference, REAL, 64, rate, HELD_OUT)
+    runs = [plan_cell(tmp_path, cell, REAL, 64, rate, HELD_OUT) for cell in cells]
     carry_out(tmp_path, 1, [{"plan": str(reference / "plan.json")}])
     shutil.rmtree(reference / "checkpoints")
     carry_out(tmp_path, 2, [{"plan": str(run / "plan.json")} for run in runs], timeout_s=1200)
@@ -41,6 +41,6 @@ def test_every_stage_trains_saves_resumes_and_consolidates(
     carry_out(tmp_path, 2, [{"plan": str(copy / "plan.json"), "attempt": 2} for copy in copies], timeout_s=1200)
     for cell in cells:
         # The assertions are in there; `make test` runs the same ones.
-        worst = check_cell(tmp_path, cell, TOLERANCE[dtype], HELD_OUT_TOLERANCE[dtype])
+        worst = check_cell(tmp_path, cell, TOLERANCE[dtype])
         print(f"{cell.name}: worst deviation of a loss {worst:.1e}")
     shutil.rmtree(tmp_path)

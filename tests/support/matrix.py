@@ -18,7 +18,7 @@ from support.many_runs import planned
 RECIPE = """
 model: {{source: "{source}", dtype: {dtype}}}
 method: {{name: {method}{rank}}}
-data: {{files: rows.jsonl, max_length: {length}, held_out: 0.2}}
+data: {{files: rows.jsonl, max_length: {length}, {held_out}}}
 train: {{max_steps: 5, micro_batch: 1, global_batch: 4, learning_rate: {rate}, weight_decay: 0.1, schedule: linear}}
 parallel: {{zero: {zero}, sp: {sp}, offload: {offload}}}
 checkpoint: {{every_steps: 3, keep: 3}}
@@ -45,17 +45,17 @@ class Cell:
         return Cell(self.method, 0, self.dtype, processes=1)
 
 
-def write_rows(folder: Path, num_rows: int = 22) -> None:
+def write_rows(folder: Path, num_rows: int = 22, name: str = "rows.jsonl") -> None:
     """Answers of very different lengths, so that a mean of means is far from the mean."""
     lines = [{"role": "assistant", "content": "a b " * (1 + 13 * (i % 4))} for i in range(num_rows)]
     rows = [{"messages": [{"role": "user", "content": "q" * (i % 5 + 1)}, line]} for i, line in enumerate(lines)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    (folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
 
 
-def plan_cell(folder: Path, cell: Cell, source: str, length: int, rate: float) -> Path:
+def plan_cell(folder: Path, cell: Cell, source: str, length: int, rate: float, held_out: str = "held_out: 0.2") -> Path:
     """Plan the cell and prepare its data; `rate` is the learning rate. Returns the run folder."""
     rank = "" if cell.method == "full" else ", rank: 4"
-    text = RECIPE.format(**vars(cell), rank=rank, source=source, length=length, rate=rate)
+    text = RECIPE.format(**vars(cell), rank=rank, source=source, length=length, rate=rate, held_out=held_out)
     (folder / f"{cell.name}.yaml").write_text(text, encoding="utf-8")
     return planned(folder, f"{cell.name}.yaml", cell.name, cell.processes)
 
@@ -77,29 +77,25 @@ def hand_over(run: Path, other: Path) -> None:
     shutil.copytree(run / step, other / step, copy_function=os.link)
 
 
-def check_cell(folder: Path, cell: Cell, tolerance: float, held_out_tolerance: float | None = None) -> float:
+def check_cell(folder: Path, cell: Cell, tolerance: float) -> float:
     """All that must hold of a cell. Returns the worst relative deviation of a step's loss."""
-    worst = check_losses(folder, cell, tolerance, held_out_tolerance)
+    worst = check_losses(folder, cell, tolerance)
     check_resumed(folder, cell)
     check_consolidated(folder, cell)
     return worst
 
 
-def check_losses(folder: Path, cell: Cell, tolerance: float, held_out_tolerance: float | None = None) -> float:
-    """Returns the worst relative deviation of a step's loss from the simplest layout's.
-
-    `tolerance` is relative, and of held-out rows too unless they have one of their own.
-    """
+def check_losses(folder: Path, cell: Cell, tolerance: float) -> float:
+    """Returns the worst relative deviation of a step's loss from the simplest layout's."""
     got, expected = losses(folder / cell.name), losses(folder / cell.reference.name)
     assert sorted(got) == [1, 2, 3, 4, 5]
-    assert expected[5] < expected[1] - 0.03
+    assert expected[5] < expected[1] - 0.05
     for step, loss in expected.items():
         assert got[step] == pytest.approx(loss, rel=tolerance), f"{cell.name}, step {step}"
     held_out, expected_held_out = (held_out_losses(folder / c.name) for c in (cell, cell.reference))
     assert sorted(held_out) == [0, 3, 5]
     for step, loss in expected_held_out.items():
-        wanted = pytest.approx(loss, rel=held_out_tolerance or tolerance)
-        assert held_out[step] == wanted, f"{cell.name}, held-out rows, step {step}"
+        assert held_out[step] == pytest.approx(loss, rel=tolerance), f"{cell.name}, held-out rows, step {step}"
     return max(abs(got[step] / loss - 1) for step, loss in expected.items())
 
 
