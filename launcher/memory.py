@@ -133,9 +133,8 @@ def estimate(inputs: MemoryInputs) -> MemoryEstimate:
     # The fp32 gradients of the update exist when the activations are gone: only the larger of the two counts.
     if update.gb > sum(t.gb for t in working):
         working = [update]
-    terms = [*held, *working, *_copies(inputs), _runtime(inputs)]
-    if inputs.device == "cpu":
-        terms.insert(-1, checkpoint_copy(inputs))
+    copies = [*_copies(inputs), *([checkpoint_copy(inputs)] if inputs.device == "cpu" else [])]
+    terms = [*held, *working, *copies, _runtime(inputs)]
     subtotal = sum(t.gb for t in terms)
     terms.append(Term("slack", subtotal * _SLACK, f"{_SLACK:.0%} of the above for rounding and fragmentation"))
     checkpoint_gb = 12 * inputs.num_trainable / GB

@@ -249,7 +249,10 @@ def _changed_recipe(request: Request, run: RunDir) -> tuple[Any, list[Any]]:
     from .resume_changes import changes, require_allowed
 
     own = load_recipe(run.recipe)
-    given = load_recipe(find(request.recipe), request.sets)
+    if Path(request.recipe) == run.recipe and not request.sets:
+        given = own
+    else:
+        given = load_recipe(find(request.recipe), request.sets)
     found = changes(own.recipe, given.recipe)
     require_allowed(found, request.forced_keys, request.recipe)
     return given, found

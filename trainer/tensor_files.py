@@ -47,6 +47,19 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+def fill(buffer: memoryview, fd: int, offset: int, path: Path) -> None:
+    """Read `buffer` full from `offset` of an open file. Raises TrainError, naming `path`, when it ends before or fails."""
+    done = 0
+    while done < len(buffer):
+        try:
+            size = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as e:
+            raise TrainError(f"{path}: cannot be read: {e.strerror}") from e
+        if size == 0:
+            raise TrainError(f"{path}: ends at byte {offset + done} while it is being read")
+        done += size
+
+
 class TensorFile:
     """A safetensors file opened for reading. Raises TrainError, naming the file, when it is damaged or cut short."""
 
@@ -69,15 +82,7 @@ class TensorFile:
 
     def read_bytes_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (bytes) from `offset` of the file."""
-        done = 0
-        while done < len(buffer):
-            try:
-                size = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as e:
-                raise TrainError(f"{self.path}: cannot be read: {e.strerror}") from e
-            if size == 0:
-                raise TrainError(f"{self.path}: ends at byte {offset + done} while it is being read")
-            done += size
+        fill(buffer, self._fd, offset, self.path)
 
     def read(self, name: str, start: int = 0, numel: int | None = None) -> np.ndarray:
         """A copy of `numel` elements (default: all) from element `start`: flat, BF16 as uint16 bits."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from .disk import regular_size
 from .spec import TrainError
-from .tensor_files import NUMPY_DTYPES
+from .tensor_files import NUMPY_DTYPES, fill
 from .tensor_header import DTYPE_BITS
 
 MAX_PICKLE_BYTES = 2**26
@@ -87,17 +87,12 @@ class ArchiveTensor:
         assert 0 <= start <= start + numel <= self.numel, (start, numel, self.numel)
         kind = np.dtype(NUMPY_DTYPES[self.dtype])
         out = np.empty(numel, kind)
-        buffer, offset = out.view(np.uint8).data, self.at + start * kind.itemsize
-        fd = os.open(self.path, os.O_RDONLY)
         try:
-            done = 0
-            while done < len(buffer):
-                size = os.preadv(fd, [buffer[done:]], offset + done)
-                if size == 0:
-                    raise TrainError(f"{self.path}: ends at byte {offset + done} while it is being read")
-                done += size
+            fd = os.open(self.path, os.O_RDONLY)
         except OSError as e:
             raise TrainError(f"{self.path}: cannot be read: {e.strerror}") from e
+        try:
+            fill(out.view(np.uint8).data, fd, self.at + start * kind.itemsize, self.path)
         finally:
             os.close(fd)
         return out

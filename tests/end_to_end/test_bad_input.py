@@ -173,6 +173,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+# As another user nothing is left unproved: tests/chaos lets every disk call of a save fail, without a mount.
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_run_folder_on_a_full_disk(launch: Launch, folder: Path, small_disk: Path) -> None:
     recipe = write_recipe(folder, "train: {max_steps: 2}\n", method="full")

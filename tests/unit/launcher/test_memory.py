@@ -292,3 +292,22 @@ def test_stages_that_cannot_be_trained_are_not_suggested() -> None:
 def test_qlora_is_not_suggested_on_cpu() -> None:
     change = smallest_change(inputs(device="cpu"), 12.0)
     assert change is None or change.value != "qlora"
+
+
+def test_a_checkpoint_written_beside_training_is_copied_where_the_device_is() -> None:
+    copy_gb = 12 * TABLE_PARAMETERS / 4 / GB
+    for device, terms, others in (("cpu", "terms", "host_terms"), ("cuda", "host_terms", "terms")):
+        case = full(dp=4, device=device)
+        before, after = estimate(case), estimate(dataclasses.replace(case, copies_checkpoint=True))
+        (found,) = [t.gb for t in getattr(after, terms) if t.name == "checkpoint copy"]
+        assert found == pytest.approx(copy_gb)
+        assert getattr(after, others) == getattr(before, others)
+    whole = estimate(full(dp=4, zero_stage=0, device="cpu", copies_checkpoint=True))
+    assert term(whole, "checkpoint copy") == pytest.approx(4 * copy_gb)
+
+
+def test_the_copy_is_the_first_that_goes_where_memory_is_short() -> None:
+    case = full(device="cpu", copies_checkpoint=True)
+    change = smallest_change(case, estimate(case).total_gb - 1)
+    assert change is not None
+    assert (change.key, change.value) == ("checkpoint.async", "false")

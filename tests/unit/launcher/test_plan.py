@@ -1,16 +1,21 @@
-"""What a plan says of the rows that are held out."""
+"""What a plan says of the rows that are held out, and of how checkpoints are written."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from cluster.inventory import Selection
+from launcher.memory import inputs_of
 from launcher.model_facts import read_facts
 from launcher.model_source import resolve_source
 from launcher.plan import Options, Plan, plan_run
+from launcher.plan_memory import has_room_for_a_copy
 from launcher.recipe import load_recipe
+from launcher.render import plan_page
 from launcher.run_dir import RunDir
 from trainer.spec import DataFile
 
@@ -73,3 +78,34 @@ def test_the_loss_is_taken_where_checkpoints_are_unless_said(tmp_path: Path, lin
     spec = plan(tmp_path, f"  held_out: 0.1\n{lines}").spec
     assert spec.evaluate.loss_every_steps == every
     assert spec.checkpoint.every_steps == (70 if "70" in lines else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "host_gb", "beside"),
+    [
+        ("cpu", "lora", 64.0, True),
+        ("cpu", "full", 64.0, False),
+        ("cpu", "lora", 0.0, False),
+        ("cpu", "lora", 0.5, False),
+        ("cuda", "full", 64.0, True),
+        ("cuda", "full", 2.0, False),
+        ("cuda", "full", 0.0, False),
+    ],
+)
+def test_checkpoints_are_copied_where_there_is_room(
+    tmp_path: Path, kind: Literal["cpu", "cuda"], method: str, host_gb: float, beside: bool
+) -> None:
+    facts = read_facts(resolve_source("Qwen/Qwen2.5-0.5B", tmp_path))
+    assert facts is not None
+    inputs = dataclasses.replace(inputs_of(plan(tmp_path).spec, facts), device=kind, method=method, dp=1)
+    assert has_room_for_a_copy(inputs, Selection(kind, (), 1, 1), host_gb) == beside
+
+
+@pytest.mark.parametrize(("written", "beside"), [("auto", True), ("true", True), ("false", False)])
+def test_what_the_recipe_says_of_saving_is_what_is_planned(tmp_path: Path, written: str, beside: bool) -> None:
+    found = plan(tmp_path, f"checkpoint: {{async: {written}, on_error: continue}}\n")
+    assert found.spec.checkpoint.asynchronous == beside
+    assert found.spec.checkpoint.on_error == "continue"
+    told = plan_page(found)
+    assert ("written while training goes on" in told) == beside
+    assert ("training waits" in told) != beside
