@@ -32,6 +32,10 @@ def _find(target: str) -> RunDir | Path:
     path = Path(target)
     if path.is_dir() and not (path / "status.json").is_file():
         return path.resolve()
+    if path.is_file():
+        raise LaunchError(
+            f"{target} is a file", "Give a folder: a run, its checkpoints, DeepSpeed's shards, or a model."
+        )
     return find_run(target, runs_dir())
 
 

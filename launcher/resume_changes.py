@@ -7,12 +7,14 @@ name them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import LaunchError
 from .recipe_docs import leaves, plain_text
+from .recipe_fields import fields
 from .recipe_schema import Recipe
 
 FREE = (
@@ -67,6 +69,13 @@ def _text(values: dict[str, Any], key: str) -> str:
 
 def require_allowed(found: Sequence[Change], forced: Sequence[str], recipe: str) -> None:
     """Raises LaunchError, naming every change that is not allowed, and every forced key that did not change."""
+    unknown = [key for key in forced if not _is_key(key)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], fields(), 1)
+        raise LaunchError(
+            f"--force-key {unknown[0]}: a recipe has no such key",
+            f"Nearest: {near[0]}" if near else "The keys: docs/recipe_reference.md",
+        )
     bound = [change for change in found if change.key in BOUND]
     open_ones = [c for c in found if not _covered(c.key, (*FREE, *BOUND)) and not _covered(c.key, forced)]
     if bound:
@@ -92,6 +101,12 @@ def affects_training(found: Iterable[Change]) -> bool:
 def affects_report(found: Iterable[Change]) -> bool:
     """Whether its report is out of date."""
     return any(_covered(change.key, ["evaluate"]) for change in found)
+
+
+def _is_key(key: str) -> bool:
+    """A key or a section of the recipe; an item of a list has its number in it."""
+    path = ".".join("*" if part.isdigit() else part for part in key.split("."))
+    return any(_covered(known, [path]) for known in fields())
 
 
 def _covered(key: str, prefixes: Iterable[str]) -> bool:

@@ -183,3 +183,11 @@ def test_run_folder_on_a_full_disk(launch: Launch, folder: Path, small_disk: Pat
     assert "cannot save the checkpoint step_000002" in done.stderr
     assert "GB free" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_where_a_folder_is_wanted(launch: Launch, folder: Path) -> None:
+    (folder / "iter_500.pth").write_bytes(b"x")
+    done = launch("consolidate", "iter_500.pth", cwd=folder)
+    assert done.returncode == 2
+    assert "iter_500.pth is a file" in done.stderr
+    assert "Give a folder" in done.stderr

@@ -81,5 +81,14 @@ def test_a_key_that_did_not_change_is_not_forced_in_vain() -> None:
     assert "checkpoint.keep" in told.value.hint
 
 
+@pytest.mark.parametrize(("key", "nearest"), [("train.lerning_rate", "train.learning_rate"), ("foo", "")])
+def test_a_forced_key_that_no_recipe_has_is_told_its_nearest(key: str, nearest: str) -> None:
+    found = changes(recipe(), recipe(train={"seed": 1}))
+    with pytest.raises(LaunchError) as told:
+        require_allowed(found, ("train.seed", key), "r.yaml")
+    assert f"--force-key {key}: a recipe has no such key" in told.value.message
+    assert nearest in told.value.hint
+
+
 def test_every_key_named_is_one_of_the_recipe() -> None:
     assert {*FREE, *BOUND} <= set(fields())
