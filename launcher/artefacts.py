@@ -18,24 +18,24 @@ from trainer.spec import EXIT_BUG, EXIT_OK
 from .errors import LaunchError
 from .plan import PACKAGE_ROOT
 from .run_dir import RunDir, read_json
-from .stages import ENTRYPOINT
+from .stages import ENTRYPOINT, qlora_flags
 from .start import runs_dir
 from .supervise import failure_text
 
 POLL_S = 0.05
 
 
-def _find(target: str) -> RunDir | Path:
-    """A run, or an existing folder that is none. Raises LaunchError when it is neither."""
+def _find(target: str, files: bool = False) -> RunDir | Path:
+    """A run, or an existing folder (or with `files` a file) that is none. Raises LaunchError when it is neither."""
     from .status import find_run
 
     path = Path(target)
     if path.is_dir() and not (path / "status.json").is_file():
         return path.resolve()
     if path.is_file():
-        raise LaunchError(
-            f"{target} is a file", "Give a folder: a run, its checkpoints, DeepSpeed's shards, or a model."
-        )
+        if files:
+            return path.resolve()
+        raise LaunchError(f"{target} is a file", "Give a folder: a run, an adapter or a model.")
     return find_run(target, runs_dir())
 
 
@@ -46,28 +46,86 @@ def _flags(options: dict[str, Any]) -> list[str]:
 
 def consolidate(target: str, out: Path | None, options: dict[str, Any]) -> int:
     """Returns the job's exit code. Raises LaunchError for a run whose result exists and no --out."""
-    found = _find(target)
+    found = _find(target, files=True)
     if isinstance(found, RunDir):
         spec = read_json(found.plan)["spec"]
         default = found.merged if spec["method"]["name"] == "full" else found.adapter
         options = {**options, "base": options["base"] or _model_dir(found), "template": spec["data"]["template"]}
         source = found.checkpoints
     else:
-        source, default = found, found.parent / f"{found.name}-consolidated"
+        source, default = found, found.parent / f"{found.name.removesuffix(found.suffix) if found.is_file() else found.name}-consolidated"
     return _run_stage("consolidate", ["--source", str(source), "--out", _out(out, default), *_flags(options)])
 
 
-def merge(target: str, out: Path | None, options: dict[str, Any]) -> int:
-    """`target` is a run or an adapter folder. Returns the job's exit code."""
+def merge(target: str, out: Path | None, others: list[str], weight: float, proof: bool, options: dict[str, Any]) -> int:
+    """`target` is a run or an adapter folder, `others` are more of them, each with `=WEIGHT` or without.
+
+    Returns the job's exit code. Raises LaunchError for what is neither a run nor a folder, and for an unknown base.
+    """
     found = _find(target)
+    adapters = [(_adapter_of(found), weight), *(_weighted(text) for text in others)]
+    arguments = [part for adapter, factor in adapters for part in ("--adapter", str(adapter), "--weight", repr(factor))]
     if isinstance(found, RunDir):
-        adapter, default = found.adapter, found.merged
+        default = found.merged
         spec = read_json(found.plan)["spec"]
-        options = {**options, "base": options["base"] or _model_dir(found), "template": spec["data"]["template"]}
-        trust = ["--trust-remote-code"] if spec["model"]["trust_remote_code"] else []
+        options = {**options, "template": spec["data"]["template"]}
+        method = spec["method"]
+        arguments += qlora_flags(method["name"], spec["model"]["dtype"], method["double_quant"])
+        arguments += ["--trust-remote-code"] if spec["model"]["trust_remote_code"] else []
+        base = options["base"] or _model_dir(found)
     else:
-        adapter, default, trust = found, found.parent / f"{found.name}-merged", []
-    return _run_stage("merge", ["--adapter", str(adapter), "--out", _out(out, default), *_flags(options), *trust])
+        default = found.parent / f"{found.name}-merged"
+        base = options["base"] or _base_named_by(found / "adapter_config.json")
+    options = {**options, **_base_flags(base)}
+    arguments += [] if proof else ["--no-proof"]
+    arguments += ["--out", _out(out, default), *_flags(options)]
+    return _run_stage("merge", arguments, on_gpu=options["device"] == "cuda")
+
+
+def _adapter_of(found: RunDir | Path) -> Path:
+    folder = found.adapter if isinstance(found, RunDir) else found
+    if not (folder / "adapter_config.json").is_file():
+        raise LaunchError(
+            f"{folder} holds no adapter_config.json",
+            "Give an adapter folder, or a run that has one; after full training there is nothing to merge.",
+        )
+    return folder
+
+
+def _base_named_by(config: Path) -> str | None:
+    try:
+        named = read_json(config)["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        # The stage reads it again, and says what is wrong with it.
+        return None
+    return named if isinstance(named, str) else None
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """`RUN_OR_PATH[=WEIGHT]`."""
+    name, equals, number = text.rpartition("=")
+    if not equals or Path(text).is_dir():
+        return _adapter_of(_find(text)), 1.0
+    try:
+        return _adapter_of(_find(name)), float(number)
+    except ValueError:
+        raise LaunchError(f"--add {text}: {number!r} is not a number", "Write ADAPTER=0.5, or ADAPTER alone.") from None
+
+
+def _base_flags(base: Any) -> dict[str, Any]:
+    """Flags for a base as a recipe's model.source may name it: a folder, a GGUF file, a package, a Hub id."""
+    from .model_source import resolve_source
+    from .start import cache_dir
+
+    # A folder's own shortcomings are told by the stage, which knows what it needs of it.
+    if not isinstance(base, str) or Path(base).is_dir():
+        return {"base": base}
+    ref = resolve_source(base, Path.cwd())
+    if ref.kind == "random":
+        raise LaunchError(
+            f"--base {base}: random weights are no base of an adapter", "Give the model it was trained on."
+        )
+    return {"base": ref.location, "base-kind": ref.kind, "cache-dir": cache_dir()}
 
 
 def evaluate(target: str, strict: bool, prompts: Path | None, base: Path | None, out: Path | None) -> int:
@@ -125,8 +183,8 @@ def _tuned(run: RunDir, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     raise LaunchError(f"{run.run_id} has no tuned model yet", f"Make it: launch runs resume {run.root}")
 
 
-def _device_of(stage: str, run: RunDir | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(UUIDs, environment) for one process. Only answering questions is worth a GPU."""
+def _device_of(stage: str, run: RunDir | None, on_gpu: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(UUIDs, environment) for one process. Raises ClusterError when it needs a GPU and none is free."""
     if run is not None:
         job = next(j for j in read_json(run.plan)["jobs"] if j["name"] == stage)
         return tuple(job["devices"]), job["env"]
@@ -135,7 +193,8 @@ def _device_of(stage: str, run: RunDir | None) -> tuple[tuple[str, ...], dict[st
     from cluster.nvml import read_inventory
 
     inventory = read_inventory()
-    on_gpu = stage == "evaluate" and inventory.devices
+    # Unless it is asked for, only answering questions is worth a GPU.
+    on_gpu = on_gpu or (stage == "evaluate" and bool(inventory.devices))
     selection = select(inventory, "free:1", os.environ) if on_gpu else cpu_selection(1, inventory)
     return selection.uuids, device_env(selection)
 
@@ -154,12 +213,12 @@ def _out(out: Path | None, default: Path) -> str:
     return str(path)
 
 
-def _run_stage(name: str, arguments: list[str], run: RunDir | None = None) -> int:
+def _run_stage(name: str, arguments: list[str], run: RunDir | None = None, on_gpu: bool = False) -> int:
     """Run one stage as a job on this host, print what it printed, and its first cause if it fails.
 
     It gets the device that the same stage of `run` had; without a run, the first free one.
     """
-    devices, environment = _device_of(name, run)
+    devices, environment = _device_of(name, run, on_gpu)
     log_dir = Path(tempfile.mkdtemp(prefix=f"tunelaunch-{name}-"))
     job = JobSpec(
         name=name,

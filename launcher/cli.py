@@ -122,15 +122,34 @@ def consolidate_command(
 def merge_command(
     target: Target,
     out: Out = None,
-    base: Annotated[Path | None, typer.Option(help="Base model folder. Default: the run's own.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model: folder, .gguf, package:NAME/FILE or Hub id. Default: the run's own.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32. Default: the base's.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest file, such as 5GB.")] = None,
+    add: Annotated[
+        list[str] | None, typer.Option(help="One more adapter, with its weight.", metavar="RUN_OR_PATH[=WEIGHT]")
+    ] = None,
+    weight: Annotated[float, typer.Option(help="Factor of the first adapter's updates.")] = 1.0,
+    base_precision: Annotated[
+        str | None, typer.Option(help="bf16: the base as it is (default) | nf4: as QLoRA trained on it.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default) | cuda: where the proof runs.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="More prompts (JSON) for the proof.")] = None,
+    proof: Annotated[bool, typer.Option(help="Compare the result with base + adapter.")] = True,
 ) -> None:
     """Base + adapter -> merged HF model, proved by comparing logits."""
     from . import artefacts
 
-    options = {"base": base, "dtype": dtype, "max-shard-size": max_shard_size}
-    raise typer.Exit(artefacts.merge(target, out, options))
+    options = {
+        "base": base,
+        "dtype": dtype,
+        "max-shard-size": max_shard_size,
+        "base-precision": base_precision,
+        "device": device,
+        "prompts": prompts,
+    }
+    raise typer.Exit(artefacts.merge(target, out, add or [], weight, proof, options))
 
 
 @app.command("evaluate")

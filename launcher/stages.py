@@ -62,8 +62,16 @@ def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[s
         out = run.merged if spec.method.name == "full" else run.adapter
         return ("--source", str(run.checkpoints), "--base", MODEL_DIR, "--out", str(out), *template)
     if name == "merge":
-        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged), *template, *trust)
+        nf4 = qlora_flags(spec.method.name, spec.model.dtype, spec.method.double_quant)
+        return ("--base", MODEL_DIR, "--adapter", str(run.adapter), "--out", str(run.merged), *template, *nf4, *trust)
     return ("--plan", str(run.plan))
+
+
+def qlora_flags(method: str, dtype: str, double_quant: bool) -> tuple[str, ...]:
+    """Tell `merge` on which weights a QLoRA adapter was trained; nothing for another method."""
+    if method != "qlora":
+        return ()
+    return ("--trained-on-nf4", "--nf4-dtype", dtype, *(() if double_quant else ("--nf4-single-quant",)))
 
 
 def renumbered(job: JobSpec, run: RunDir, attempt: int) -> JobSpec:

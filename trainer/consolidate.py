@@ -34,9 +34,9 @@ from .checkpoint_format import (
     sha256_file,
     verify,
 )
-from .deepspeed_folder import ForeignCheckpoint, Slice, find_shards
-from .deepspeed_folder import read as read_foreign
 from .disk import new_folder, refuse_existing, require_space, write_json, write_text
+from .foreign import ForeignCheckpoint, Given, Slice
+from .foreign_sources import find, inside_ray
 from .model_folder import OWN_TEMPLATE, copy_companions, read_config, stored_tensors, write_config
 from .spec import TrainError
 from .tensor_files import (
@@ -54,6 +54,7 @@ from .tensor_files import (
     in_order,
     parse_size,
     plan_shards,
+    to_float32,
     write_index,
 )
 from .tensor_header import TensorSpec
@@ -85,14 +86,16 @@ def run(args: argparse.Namespace) -> None:
     max_bytes = parse_size(args.max_shard_size)
     source, base = Path(args.source).absolute(), Path(args.base).absolute() if args.base else None
     foreign = None
+    source = inside_ray(source, args.step)
     if not (source / MANIFEST).is_file() and not list_checkpoints(source):
-        step_dir = find_shards(source, args.step)
-        if step_dir is None:
+        found = find(source, args.step)
+        if found is None:
             raise TrainError(
                 f"{source} holds no checkpoint",
-                "Give the checkpoints folder of a run that saved at least once, or a folder of DeepSpeed's shards.",
+                "Give the checkpoints folder of a run that saved at least once, or what DeepSpeed, FSDP, XTuner or Ray left.",
             )
-        foreign = read_foreign(step_dir, args.lora_alpha)
+        step_dir, read = found
+        foreign = read(step_dir, Given(args.lora_alpha, base))
         for note in foreign.notes:
             print(note, flush=True)
     else:
@@ -159,7 +162,7 @@ def make_plan(
 ) -> Plan:
     """Names, shapes and files of the result. Raises TrainError when they do not fit together."""
     if foreign is not None:
-        plan = _make_plan(step_dir, foreign.manifest, dtype, base or foreign.base, max_bytes)
+        plan = _make_plan(step_dir, foreign.manifest, dtype, foreign.base, max_bytes)
         lost = [name for name in foreign.frozen if name not in plan.untrained]
         # A tied head counts among the frozen where the embedding is.
         if any(not name.endswith(HEADS) for name in lost):
@@ -197,9 +200,10 @@ def _make_plan(step_dir: Path, manifest: Manifest, dtype: str | None, base: Path
 def adapter_name(parameter: str) -> str:
     """The name in an adapter file of a parameter of a PeftModel (peft: get_peft_model_state_dict). Raises TrainError."""
     for pattern in (
-        r"(base_model\.model\..+\.lora_[AB])\.default(\.weight)",
-        r"(base_model\.model\..+\.lora_embedding_[AB])\.default()",
-        r"(base_model\.model\..+)\.modules_to_save\.default(\..+)",
+        r"(base_model\.model\..+\.lora_[AB])(?:\.default)?(\.weight)",
+        r"(base_model\.model\..+\.lora_embedding_[AB])(?:\.default)?()",
+        r"(base_model\.model\..+\.lora_magnitude_vector)(?:\.default)?(?:\.weight)?()",
+        r"(base_model\.model\..+)\.modules_to_save(?:\.default)?(\..+)",
     ):
         if match := re.fullmatch(pattern, parameter):
             return match[1] + match[2]
@@ -300,7 +304,7 @@ def _pieces(plan: Plan, stack: contextlib.ExitStack) -> dict[str, list[Piece]]:
 
 
 def _read_from(tensor: ArchiveTensor, at: int, start: int, numel: int) -> np.ndarray:
-    return tensor.read(at + start, numel)
+    return to_float32(tensor.read(at + start, numel), tensor.dtype)
 
 
 def _write_tensor(

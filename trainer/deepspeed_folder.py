@@ -15,43 +15,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_format import Manifest
-from .disk import read_json
+from .foreign import ForeignCheckpoint, Given, Known, Slice, common_dtype, describe, home_of, program_of
 from .spec import TrainError
 from .torch_archive import ArchiveTensor, read_archive
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_00_model_states\.pt")
 TRAINER_FOLDER = re.compile(r"(?:checkpoint-|iter_|epoch_)(\d+)(?:\.pth)?")
-ADAPTER_CONFIG = "adapter_config.json"
-PREFIXES = ("module.", "llm.", "_orig_mod.")
-"""Of wrappers around the language model: DeepSpeed's and DDP's, XTuner's, torch.compile's."""
-RECIPE_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-
-Slice = tuple[int, ArchiveTensor, int, int]
-"""First element of the parameter, the tensor that holds it, where in that tensor, and how many elements."""
-
-
-@dataclass(frozen=True)
-class ForeignCheckpoint:
-    """A DeepSpeed checkpoint, described; no tensor has been read."""
-
-    manifest: Manifest
-    """As of a checkpoint of ours; `files` is empty."""
-    slices: dict[str, list[Slice]]
-    """Parameter -> its elements in order."""
-    frozen: tuple[str, ...]
-    """Of a full model, the weights that were not trained and are not in the shards: the base must have them."""
-    base: Path | None
-    """Folder beside the shards that has a config.json."""
-    notes: tuple[str, ...]
-    """What was inferred."""
 
 
 def find_shards(source: Path, step: int | None) -> Path | None:
@@ -95,8 +69,8 @@ def _has_shards(folder: Path) -> bool:
     return folder.is_dir() and any(OPTIMIZER_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
-def read(shards: Path, alpha: float | None) -> ForeignCheckpoint:
-    """Describe the checkpoint in `shards`. `alpha`: lora_alpha, for an adapter without adapter_config.json.
+def read(shards: Path, given: Given) -> ForeignCheckpoint:
+    """Describe the checkpoint in `shards`.
 
     Raises TrainError when a rank's file is missing, holds something else, or another layout than ZeRO-1, 2 or 3.
     """
@@ -111,32 +85,17 @@ def read(shards: Path, alpha: float | None) -> ForeignCheckpoint:
     stage = _stage(optimizers, files)
     _check_count(optimizers, files)
     slices = _sharded_whole(groups, optimizers, files) if stage == 3 else _grouped(groups, optimizers, files)
-    names = _plain_names([name for group in groups for name in group])
-    parameters = {names[name]: shape for group in groups for name, shape in group.items()}
-    is_adapter = any(".lora_A." in name for name in parameters)
-    home = _home(shards)
-    config, notes = _adapter_config(home, parameters, alpha) if is_adapter else (None, ())
     frozen = model.get("frozen_param_shapes")
-    frozen = [str(name) for name in frozen] if isinstance(frozen, dict) and not is_adapter else []
-    base = home if home is not None and (home / "config.json").is_file() else None
-    manifest = Manifest(
-        run_id="",
+    return describe(
+        slices,
+        {name: shape for group in groups for name, shape in group.items()},
+        _dtype(model, groups),
+        Known(given, home_of(shards, shards.parent), program_of(model)),
         step=_number(model.get("global_steps")),
+        stage=stage,
         world_size=len(files),
-        dp=len(files),
-        sp=1,
-        zero_stage=stage,
-        method="lora" if is_adapter else "full",
-        dtype=_dtype(model, groups),
-        base_model=str((config or {}).get("base_model_name_or_path") or base or ""),
-        parameters=parameters,
-        adapter_config=config,
-        files=(),
-        state={},
+        frozen=[str(name) for name in frozen] if isinstance(frozen, dict) else [],
     )
-    wrapper = next(long.removesuffix(plain) for long, plain in names.items())
-    frozen = [name.removeprefix(wrapper) for name in frozen]
-    return ForeignCheckpoint(manifest, {names[n]: pieces for n, pieces in slices.items()}, tuple(frozen), base, notes)
 
 
 def _dictionary(value: Any, path: Path) -> dict[str, Any]:
@@ -279,56 +238,8 @@ def _cut(parts: Sequence[ArchiveTensor], at: int, numel: int, name: str, folder:
     return pieces
 
 
-def _plain_names(names: Sequence[str]) -> dict[str, str]:
-    """Without the names of what was wrapped around the model."""
-    plain = {name: name for name in names}
-    for _ in range(len(PREFIXES)):
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in plain.values()):
-                plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
-    return plain
-
-
-def _home(shards: Path) -> Path | None:
-    """The nearest of the shards' folder and its parent that says what was trained."""
-    return next(
-        (f for f in (shards, shards.parent) if (f / ADAPTER_CONFIG).is_file() or (f / "config.json").is_file()), None
-    )
-
-
 def _dtype(model: dict[str, Any], groups: Sequence[dict[str, tuple[int, ...]]]) -> str:
     """What the masters were rounded to in the forward pass."""
     module = model.get("module")
     tensors = module if isinstance(module, dict) else {}
-    found = Counter(t.dtype for name in groups[0] if isinstance(t := tensors.get(name), ArchiveTensor))
-    return RECIPE_DTYPES.get(found.most_common(1)[0][0], "fp32") if found else "fp32"
-
-
-def _adapter_config(
-    home: Path | None, parameters: dict[str, tuple[int, ...]], alpha: float | None
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    if home is not None and (home / ADAPTER_CONFIG).is_file():
-        return read_json(home / ADAPTER_CONFIG), ()
-    layers = {name.partition(".lora_A.")[0]: shape[0] for name, shape in parameters.items() if ".lora_A." in name}
-    rank = Counter(layers.values()).most_common(1)[0][0]
-    others = {layer.removeprefix("base_model.model."): r for layer, r in layers.items() if r != rank}
-    targets = sorted({layer.rpartition(".")[2] for layer in layers})
-    if alpha is None:
-        raise TrainError(
-            f"there is no {ADAPTER_CONFIG} beside the shards; rank {rank} and targets {', '.join(targets)} follow from the "
-            "weights, lora_alpha does not",
-            f"Give it as it was in training: --lora-alpha {2 * rank}. Or copy the run's {ADAPTER_CONFIG} there.",
-        )
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": rank,
-        "rank_pattern": others,
-        "lora_alpha": alpha,
-        "target_modules": targets,
-        "bias": "none",
-    }
-    return config, (
-        f"no {ADAPTER_CONFIG}: rank {rank} and targets {', '.join(targets)} inferred, lora_alpha {alpha:g} given",
-    )
+    return common_dtype(t for name in groups[0] if isinstance(t := tensors.get(name), ArchiveTensor))

@@ -1,29 +1,36 @@
-"""A plain LoRA adapter folder, as PEFT saves it: what it adds to which weight of the base. No torch.
+"""A LoRA adapter folder, as PEFT saves it: what it does to which weight of the base. No torch.
 
-The update of one weight is scaling * B @ A (https://arxiv.org/abs/2106.09685, section 4.1). Whatever else PEFT can put
-into an adapter changes that formula, and is refused by name.
+The update of one weight is scaling * B @ A (https://arxiv.org/abs/2106.09685, section 4.1); with DoRA each output is then
+scaled to a learnt length (https://arxiv.org/abs/2402.09353, equation 5). Weights that were trained whole stand in the file
+as they are. Whatever else PEFT can put into an adapter changes these formulas, and is refused by name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .disk import read_json
+from .expert_layers import adapted_parameter, expert_places
 from .spec import TrainError
-from .tensor_files import StoredTensor
 from .tensor_header import TensorEntry, read_header
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 MERGEABLE_DTYPES = ("BF16", "F16", "F32")
-EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "wte", "embed_in", "word_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+HEADS = ("lm_head", "embed_out")
 
-UNDERSTOOD = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+UNDERSTOOD = (
+    "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "target_parameters", "use_dora", "use_rslora",
+)  # fmt: skip
 WITHOUT_EFFECT = (
     "alora_name", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
@@ -33,17 +40,30 @@ WITHOUT_EFFECT = (
 UNCHANGED_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA subtract from it."""
 
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<suffix>\.weight)?")
+MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
+
 
 @dataclass(frozen=True)
-class LoraPair:
-    """What is added to one weight: scaling * lora_b @ lora_a, transposed where the base stores (in, out)."""
+class Update:
+    """What is added to one matrix of the base: scaling * lora_b @ lora_a, transposed where the base stores (in, out)."""
 
-    target: str
-    """Name of the weight in the base."""
+    file: Path
+    """adapter_model.safetensors."""
     lora_a: str
     lora_b: str
+    rank: int
     scaling: float
-    transposed: bool
+    transposed: bool = False
+    magnitude: str | None = None
+    """DoRA: the tensor with the length of each output."""
+    matrix: int = 0
+    """Which matrix of a weight of three dimensions."""
+    expert: int = 0
+    num_experts: int = 1
+    """How many pairs lora_a (experts x rank, in) and lora_b (out, rank x experts) hold."""
+    rows: tuple[int, int] | None = None
+    """Rows of this expert's lora_b that belong to the matrix, when it is a part of what was adapted."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +72,22 @@ class Adapter:
     """adapter_model.safetensors."""
     config: dict[str, Any]
     entries: dict[str, TensorEntry]
+    weight: float = 1.0
+    """Factor of all its updates."""
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Config and tensor list. Raises TrainError for a folder that is not a plain LoRA adapter, naming every reason."""
+@dataclass
+class Changes:
+    """All that one adapter does to a base."""
+
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    """Weight of the base -> what is added."""
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Weight of the base -> the tensor of the adapter file that takes its place."""
+
+
+def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
+    """Config and tensor list. Raises TrainError for a folder that is not a LoRA adapter, naming every reason."""
     if not (folder / CONFIG).is_file():
         raise TrainError(
             f"{folder} holds no {CONFIG}", "Give an adapter folder, as `launch consolidate` or PEFT writes it."
@@ -69,7 +101,7 @@ def read_adapter(folder: Path) -> Adapter:
     entries = read_header(folder / WEIGHTS).entries
     if not entries:
         raise TrainError(f"{folder / WEIGHTS} holds no tensors")
-    return Adapter(folder / WEIGHTS, config, entries)
+    return Adapter(folder / WEIGHTS, config, entries, weight)
 
 
 def _refuse_other_formulas(config: dict[str, Any], path: Path) -> None:
@@ -94,6 +126,12 @@ def _refuse_other_formulas(config: dict[str, Any], path: Path) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             problems.append(f"{key}: expected an object")
+    for key in ("modules_to_save", "target_parameters"):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            problems.append(f"{key} {str(names)[:80]!r}: expected a list of names")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        problems.append(f"bias {str(config['bias'])[:80]!r}: expected none, all or lora_only")
     if problems:
         raise TrainError(
             f"{path}: this adapter is not plain LoRA\n" + "\n".join(problems),
@@ -101,49 +139,119 @@ def _refuse_other_formulas(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def plan_pairs(adapter: Adapter, base: dict[str, StoredTensor], tied: bool) -> dict[str, LoraPair]:
-    """Weight of the base -> what is added. Raises TrainError listing every tensor that has no place, and every misfit.
-
-    `tied`: input and output embedding are one weight in the base.
-    """
+def changes_of(adapter: Adapter, base: Mapping[str, TensorEntry]) -> Changes:
+    """What the adapter does to the weights of `base`. Raises TrainError listing every tensor that has no place, and every misfit."""
     problems: list[str] = []
-    pairs: dict[str, LoraPair] = {}
+    changes = Changes()
+    factors: dict[str, dict[str, str]] = {}
     for name in adapter.entries:
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight", name)
-        if not match:
-            problems.append(f"{name}: not a LoRA matrix of a linear layer")
+        rest = name.removeprefix(PREFIX)
+        if match := FACTOR.fullmatch(rest):
+            # PEFT names embeddings' factors without ".weight" and all others with it.
+            if (match["embedding"] is None) == (match["suffix"] is not None):
+                factors.setdefault(match["module"], {})[match["half"]] = name
+                factors[match["module"]]["embedding"] = match["embedding"] or ""
+                continue
+        elif match := MAGNITUDE.fullmatch(rest):
+            factors.setdefault(match["module"], {})["magnitude"] = name
             continue
-        module = match[1]
-        if match[2] == "B" and f"{PREFIX}{module}.lora_A.weight" in adapter.entries:
-            continue
-        if match[2] == "B" or f"{PREFIX}{module}.lora_B.weight" not in adapter.entries:
-            problems.append(f"{name}: its other half is missing")
-            continue
-        try:
-            pair = _pair(adapter, module)
-            _check_fit(adapter, pair, base, tied)
-            pairs[pair.target] = pair
-        except TrainError as e:
-            problems.append(f"{name}: {e.message}")
+        problems += _replace(adapter, name, base, changes)
+    for module, names in factors.items():
+        problems += _add(adapter, module, names, base, changes)
     if problems:
         shown = "\n".join(problems[:50]) + (f"\nand {len(problems) - 50} more" if len(problems) > 50 else "")
         raise TrainError(
             f"{adapter.path} does not fit the base\n{shown}", "Give the base that it was trained on by --base."
         )
-    return pairs
+    return changes
 
 
-def _pair(adapter: Adapter, module: str) -> LoraPair:
+def _replace(adapter: Adapter, name: str, base: Mapping[str, TensorEntry], changes: Changes) -> list[str]:
+    """Plan a tensor that was trained or saved whole. Returns what is wrong with it."""
+    target = re.sub(r"\.(base_layer|modules_to_save|original_module)(?=\.)", "", name.removeprefix(PREFIX))
+    module = target.rpartition(".")[0]
     config = adapter.config
-    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return LoraPair(
-        target=f"{module}.weight",
-        lora_a=f"{PREFIX}{module}.lora_A.weight",
-        lora_b=f"{PREFIX}{module}.lora_B.weight",
-        scaling=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank,
-        transposed=bool(config.get("fan_in_fan_out")),
+    # PEFT compares the ends of module names, and saves what is inside such a module too.
+    saved = any(re.search(rf"{re.escape(m)}(\.|$)", module) for m in config.get("modules_to_save") or [])
+    bias = config.get("bias", "none") != "none" and target.endswith(".bias")
+    if not saved and not bias and module.rpartition(".")[2] not in (*EMBEDDINGS, *HEADS):
+        return [f"{name}: neither a LoRA matrix nor a weight of modules_to_save"]
+    if target not in base:
+        return [f"{name}: the base has no {target}"]
+    found, wanted = adapter.entries[name], base[target]
+    if found.dtype not in MERGEABLE_DTYPES or wanted.dtype not in MERGEABLE_DTYPES:
+        return [f"{name}: dtypes {found.dtype}, {wanted.dtype}: expected {', '.join(MERGEABLE_DTYPES)}"]
+    is_vocabulary = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+    # A vocabulary may have grown for the adapter, which then brings the embeddings whole.
+    if found.shape[1:] != wanted.shape[1:] or (found.shape != wanted.shape and not is_vocabulary) or 0 in found.shape:
+        return [f"{name}: is {list(found.shape)}, {target} of the base {list(wanted.shape)}"]
+    changes.replaced[target] = name
+    return []
+
+
+def _add(
+    adapter: Adapter, module: str, names: dict[str, str], base: Mapping[str, TensorEntry], changes: Changes
+) -> list[str]:
+    """Plan the factors of one module. Returns what is wrong with them."""
+    halves = [names[half] for half in ("A", "B") if half in names]
+    if len(halves) < 2:
+        return [f"{(halves or [names['magnitude']])[0]}: its other half is missing"]
+    if bool(adapter.config.get("use_dora")) != ("magnitude" in names):
+        # PEFT adapts some layers of a DoRA adapter without it only when they are parameters.
+        return [
+            f"{names['A']}: use_dora is {bool(adapter.config.get('use_dora'))}, a magnitude is{' not' * ('magnitude' not in names)} there"
+        ]
+    try:
+        problems = []
+        for target, update in _updates(adapter, module, names, base):
+            if problem := _misfit(adapter, update, target, base, changes):
+                problems.append(f"{names['A']}: {problem}")
+            else:
+                changes.updates.setdefault(target, []).append(update)
+        return problems
+    except TrainError as e:
+        return [f"{names['A']}: {e.message}"]
+
+
+def _updates(
+    adapter: Adapter, raw: str, names: dict[str, str], base: Mapping[str, TensorEntry]
+) -> list[tuple[str, Update]]:
+    """(Weight of the base, what is added) of one module's factors: one, or one for each expert."""
+    module = raw.replace(".base_layer", "")
+    config = adapter.config
+    parameters = config.get("target_parameters") or []
+    parameter = ""
+    if parameters and f"{module}.weight" not in base:
+        parameter = adapted_parameter(module, raw.count(".base_layer"), parameters)
+    adapted = f"{module}.{parameter}".rstrip(".")
+    rank = _pattern_value(config.get("rank_pattern"), adapted, config["r"])
+    alpha = _pattern_value(config.get("alpha_pattern"), adapted, config["lora_alpha"])
+    update = Update(
+        file=adapter.path,
+        lora_a=names["A"],
+        lora_b=names["B"],
+        rank=int(rank),
+        scaling=adapter.weight * (alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank),
+        transposed=bool(config.get("fan_in_fan_out")) or bool(names["embedding"]),
+        magnitude=names.get("magnitude"),
     )
+    if not parameter:
+        return [(f"{module}.weight", update)]
+    a, b = adapter.entries[names["A"]].shape, adapter.entries[names["B"]].shape
+    return [
+        (
+            place.weight,
+            dataclasses.replace(
+                update,
+                transposed=place.transposed,
+                matrix=place.matrix,
+                expert=place.expert,
+                num_experts=place.num_experts,
+                rows=place.rows,
+            ),
+        )
+        for place in expert_places(module, parameter, a, b, update.rank, base)
+    ]
 
 
 def _pattern_value(patterns: dict[str, Any] | None, module: str, default: float) -> float:
@@ -160,21 +268,26 @@ def _pattern_value(patterns: dict[str, Any] | None, module: str, default: float)
     return default
 
 
-def _check_fit(adapter: Adapter, pair: LoraPair, base: dict[str, StoredTensor], tied: bool) -> None:
-    a, b = adapter.entries[pair.lora_a], adapter.entries[pair.lora_b]
-    module = pair.target.removesuffix(".weight")
-    if tied and module.rpartition(".")[2] in EMBEDDINGS:
-        raise TrainError("input and output embedding are one weight in this base; merging would change both")
-    if pair.target not in base:
-        raise TrainError(f"the base has no {pair.target}")
-    weight = base[pair.target].entry
-    if weight.dtype not in MERGEABLE_DTYPES or a.dtype not in MERGEABLE_DTYPES or b.dtype not in MERGEABLE_DTYPES:
-        raise TrainError(f"dtypes {weight.dtype}, {a.dtype}, {b.dtype}: expected {', '.join(MERGEABLE_DTYPES)}")
-    rank = _pattern_value(adapter.config.get("rank_pattern"), module, adapter.config["r"])
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
-        raise TrainError(
-            f"lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of rank {rank}, as the config says"
-        )
-    update = (a.shape[1], b.shape[0]) if pair.transposed else (b.shape[0], a.shape[1])
-    if weight.shape != update or 0 in update:
-        raise TrainError(f"the update is {list(update)}, {pair.target} of the base {list(weight.shape)}")
+def _misfit(
+    adapter: Adapter, update: Update, target: str, base: Mapping[str, TensorEntry], changes: Changes
+) -> str | None:
+    """Why the update cannot be added to the weight; None when it can."""
+    a, b = adapter.entries[update.lora_a], adapter.entries[update.lora_b]
+    if target not in base:
+        return f"the base has no {target}"
+    # An embedding that grew for the adapter stands in its file.
+    weight = adapter.entries[changes.replaced[target]] if target in changes.replaced else base[target]
+    if {weight.dtype, a.dtype, b.dtype} - set(MERGEABLE_DTYPES):
+        return f"dtypes {weight.dtype}, {a.dtype}, {b.dtype}: expected {', '.join(MERGEABLE_DTYPES)}"
+    held = update.rank * update.num_experts
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != held or b.shape[1] != held:
+        return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of rank {update.rank}, as the config says"
+    low, high = update.rows or (0, b.shape[0])
+    added = (a.shape[1], high - low) if update.transposed else (high - low, a.shape[1])
+    if weight.shape[-2:] != added or 0 in added:
+        return f"the update is {list(added)}, {target} of the base {list(weight.shape)}"
+    if update.magnitude is not None:
+        lengths = adapter.entries[update.magnitude]
+        if lengths.dtype not in MERGEABLE_DTYPES or math.prod(lengths.shape) != b.shape[0]:
+            return f"its magnitude is {lengths.dtype} {list(lengths.shape)}, there are {b.shape[0]} outputs"
+    return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from .disk import MAX_JSON_BYTES, regular_size
 from .model_folder import stored_tensors
+from .nf4 import Nf4
 from .spec import TrainError
 
 DEFAULT_PROMPTS = (
@@ -23,7 +24,7 @@ DEFAULT_PROMPTS = (
 )
 MAX_PROMPTS = 16
 MAX_PROMPT_TOKENS = 64
-NEW_TOKENS = 32
+NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,25 @@ def _prompt_text(path: Path, number: int, item: Any) -> str:
     return f"{system}\n\n{user}" if system else user
 
 
-def prove(
-    base: Path, adapter: Path, merged: Path, prompts: list[str], dtype: str, device: str, trust_remote_code: bool
-) -> dict[str, Any]:
-    """Compare `merged`, whose weights are in `dtype` (bf16, fp16, fp32), with `base` + `adapter` as PEFT runs them.
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: `merged`, whose weights are in `dtype` (bf16, fp16, fp32), with `base` + `adapters`."""
+
+    base: Path
+    adapters: tuple[tuple[Path, float], ...]
+    """Folders, each with its weight."""
+    merged: Path
+    dtype: str
+    vocab_size: int | None = None
+    """Rows of the embeddings that an adapter brings, when they are not as many as the base has."""
+    nf4: Nf4 | None = None
+    """How the adapter's base was quantised when it was trained; None when it was not, or nobody knows."""
+    merged_on_nf4: bool = False
+    """The merged weights were summed on what NF4 gives back, not on the base as it is."""
+
+
+def prove(subject: Subject, prompts: list[str], device: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Compare the merged model with base + adapters as PEFT runs them.
 
     The first MAX_PROMPTS prompts count. `failures` of the result is empty when the limits are kept. Both sides compute
     in fp32 where memory allows, so that only the rounding of the weights is seen. Raises TrainError when a model cannot
@@ -84,22 +100,70 @@ def prove(
     import torch
 
     where = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    arithmetic = "fp32" if dtype == "fp32" or _fits_as_fp32(merged, where) else dtype
+    dtype = subject.dtype
+    arithmetic = "fp32" if dtype == "fp32" or _fits_as_fp32(subject.merged, where) else dtype
+    loading = _Loading(subject, arithmetic, where, trust_remote_code)
     with torch.inference_mode():
-        prompts_T = _tokenise(base, prompts[:MAX_PROMPTS], trust_remote_code)
-        model: Any = _with_adapter(_load(base, arithmetic, where, trust_remote_code), adapter)
+        prompts_T = _tokenise(subject.merged, prompts[:MAX_PROMPTS], trust_remote_code)
+        model: Any = _load(subject.merged, arithmetic, where, trust_remote_code)
         texts_T = _continue(model, prompts_T)
+        merged_TV = [_logits(model, ids_T) for ids_T in texts_T]
+        del model
+        gc.collect()
+        model = loading.adapted(nf4=subject.merged_on_nf4)
         expected_TV = [_logits(model, ids_T) for ids_T in texts_T]
         with model.disable_adapter():
             effect = _compare(expected_TV, [_logits(model, ids_T) for ids_T in texts_T])
         del model
         gc.collect()
-        model = _load(merged, arithmetic, where, trust_remote_code)
-        found = _compare(expected_TV, [_logits(model, ids_T) for ids_T in texts_T])
-        greedy = _greedy_agreement(prompts_T, texts_T, _continue(model, prompts_T))
+        found = _compare(expected_TV, merged_TV)
+        greedy = _greedy_agreement(prompts_T, texts_T, expected_TV)
+        bases = _nearer_base(loading, texts_T, expected_TV, merged_TV) if subject.nf4 is not None else None
     limits = LIMITS[dtype] if arithmetic == "fp32" else HALF_ARITHMETIC
     setting = {"device": str(where), "arithmetic": arithmetic, "prompts": prompts[:MAX_PROMPTS]}
-    return setting | _judge(found, effect, greedy, dtype, limits)
+    proof = setting | _judge(found, effect, greedy, dtype, limits)
+    if bases is not None:
+        proof["bases"] = bases
+        proof["notes"] += _note_on(bases)
+    return proof
+
+
+def _nearer_base(loading: _Loading, texts_T: list[Any], expected_TV: list[Any], merged_TV: list[Any]) -> dict[str, Any]:
+    """How far a merge on the base as it is, and one on what NF4 gives back, are from what was trained: NF4 + adapter.
+
+    One of the two is the merged model itself. The other is summed and rounded in memory.
+    """
+    subject = loading.subject
+    if subject.merged_on_nf4:
+        trained_TV = expected_TV
+        other = loading.adapted(nf4=False)
+    else:
+        other = loading.adapted(nf4=True)
+        trained_TV = [_logits(other, ids_T) for ids_T in texts_T]
+    other = other.merge_and_unload()
+    kind = _kind(subject.dtype)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.to(kind).to(parameter.dtype)
+    other_TV = [_logits(other, ids_T) for ids_T in texts_T]
+    own, another = _compare(trained_TV, merged_TV), _compare(trained_TV, other_TV)
+    names = ("nf4", "bf16") if subject.merged_on_nf4 else ("bf16", "nf4")
+    distances = {names[0]: own.mean, names[1]: another.mean}
+    return {
+        "merged_on": names[0],
+        "mean_difference_from_training": distances,
+        "argmax_agreement_with_training": {names[0]: own.argmax_agreement, names[1]: another.argmax_agreement},
+        "nearer": min(distances, key=lambda name: distances[name]),
+    }
+
+
+def _note_on(bases: dict[str, Any]) -> list[str]:
+    nearer, merged_on, distances = bases["nearer"], bases["merged_on"], bases["mean_difference_from_training"]
+    if nearer == merged_on:
+        return []
+    return [
+        f"QLoRA trained on NF4 weights. Merged on {merged_on} weights, the logits are {distances[merged_on]:.2g} from those of "
+        f"training, on {nearer} {distances[nearer]:.2g}: --base-precision {nearer} merges there"
+    ]
 
 
 def _judge(found: Difference, effect: Difference, greedy: float, dtype: str, limits: Limits) -> dict[str, Any]:
@@ -168,20 +232,61 @@ def _tokenise(base: Path, prompts: list[str], trust_remote_code: bool) -> list[A
     return ids
 
 
-def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any:
+@dataclass(frozen=True)
+class _Loading:
+    """How models are loaded for the comparison."""
+
+    subject: Subject
+    arithmetic: str
+    device: Any
+    trust_remote_code: bool
+
+    def adapted(self, nf4: bool) -> Any:
+        """The base, or what NF4 makes of it, with the adapters as PEFT runs them."""
+        from peft import PeftModel
+
+        subject = self.subject
+        model = _load(subject.base, self.arithmetic, self.device, self.trust_remote_code)
+        if nf4:
+            assert subject.nf4 is not None
+            subject.nf4.apply(model)
+        if subject.vocab_size is not None:
+            model.resize_token_embeddings(subject.vocab_size, mean_resizing=False)
+        (first, weight), *others = subject.adapters
+        adapted: Any = PeftModel.from_pretrained(model, str(first))
+        for number, (folder, _) in enumerate(others, 1):
+            adapted.load_adapter(str(folder), f"adapter_{number}")
+        weights = {"default": weight} | {f"adapter_{n}": w for n, (_, w) in enumerate(others, 1)}
+        if others:
+            adapted.base_model.set_adapter(list(weights))
+        for module in adapted.modules():
+            for name, factor in weights.items():
+                # Attention modules of transformers have a number of that name.
+                if factor != 1 and isinstance(getattr(module, "scaling", None), dict) and name in module.scaling:
+                    module.scaling[name] *= factor
+        return adapted.eval()
+
+
+def _kind(dtype: str) -> Any:
     import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+
+
+def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from . import wide_products
 
     wide_products.install()
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     config: Any = _loaded(folder, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         # The weights were found to be floats: this would only quantise them while they are loaded.
         del config.quantization_config
     load = AutoModelForCausalLM.from_pretrained
-    return _loaded(folder, load, config=config, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
+    return (
+        _loaded(folder, load, config=config, dtype=_kind(dtype), trust_remote_code=trust_remote_code).to(device).eval()
+    )
 
 
 def _loaded(folder: Path, load: Any, **options: Any) -> Any:
@@ -192,12 +297,6 @@ def _loaded(folder: Path, load: Any, **options: Any) -> Any:
             f"{folder} cannot be loaded for the comparison: {e}",
             "Give --trust-remote-code if the model brings its own code and you trust it, or --no-proof.",
         ) from e
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def _continue(model: Any, prompts_T: list[Any]) -> list[Any]:
@@ -263,11 +362,15 @@ def _compare(expected_TV: list[Any], found_TV: list[Any]) -> Difference:
     return Difference(maximum, total / positions, spread / positions, agree / positions, positions)
 
 
-def _greedy_agreement(prompts_T: list[Any], expected_T: list[Any], found_T: list[Any]) -> float:
-    """Share of the generated tokens that are equal up to the first one that differs, over all prompts."""
+def _greedy_agreement(prompts_T: list[Any], texts_T: list[Any], logits_TV: list[Any]) -> float:
+    """Share of the generated tokens that another model would have taken too, up to the first that it would not.
+
+    Until then both have read the same tokens, so its logits of the finished text (one pass) say what it would take.
+    """
     same = total = 0
-    for prompt, expected, found in zip(prompts_T, expected_T, found_T, strict=True):
-        pairs = list(zip(expected[len(prompt) :].tolist(), found[len(prompt) :].tolist(), strict=False))
-        same += next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        total += len(expected) - len(prompt)
+    for prompt_T, text_T, logits in zip(prompts_T, texts_T, logits_TV, strict=True):
+        at = len(prompt_T)
+        equal = (logits[at - 1 : -1].argmax(dim=-1) == text_T[at:].cpu()).tolist()
+        same += next((n for n, is_equal in enumerate(equal) if not is_equal), len(equal))
+        total += len(equal)
     return same / max(1, total)

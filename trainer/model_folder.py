@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_FILE = "chat_template.jinja"
 OWN_TEMPLATE = "model"
 """`DataSpec.template` for the template that the model brings."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Each of these alone says that a folder has a tokenizer."""
+TOKENIZER_PATTERNS = (
+    *TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "*.tiktoken", "tokenization*.py",
+)  # fmt: skip
+"""All files that can change what a text becomes."""
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -74,6 +82,16 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether the folder holds the tokens themselves, not only a tokenizer's settings."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files that decide what a text becomes, sorted."""
+    return sorted({p for pattern in TOKENIZER_PATTERNS for p in folder.glob(pattern) if p.is_file()})
+
+
 def write_config(config: dict[str, Any], out: Path, stored_dtype: str | None) -> None:
     """config.json for full-precision weights: no quantization_config, and the dtype of the weights (None: unchanged)."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -91,25 +109,26 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed | {key: _with_dtype(config[key], dtype) for key in nested}
 
 
-def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE) -> list[str]:
+def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE, trained: Sequence[Path] = ()) -> list[str]:
     """Copy tokenizer, chat templates, generation config, model code and licence. Returns the names, sorted.
 
-    A `template` other than the model's own (the path of a Jinja file) becomes the folder's chat template, so that
-    whatever loads the folder speaks as it was trained.
+    The tokenizer is that of the first of `trained` (folders that a training program left) that has one: it may know more
+    tokens, and another chat template, than the base's. A `template` other than the model's own (the path of a Jinja file)
+    becomes the folder's chat template, so that whatever loads the folder speaks as it was trained.
     """
-    names = sorted(path.name for path in base.iterdir() if path.is_file() and _is_companion(path.name))
-    folder = base / TEMPLATE_FOLDER
-    if folder.is_dir():
-        names += sorted(f"{TEMPLATE_FOLDER}/{path.name}" for path in folder.glob("*.jinja"))
-    for name in names:
+    sources = {path.name: path for path in base.iterdir() if path.is_file() and _is_companion(path.name)}
+    sources |= {f"{TEMPLATE_FOLDER}/{path.name}": path for path in (base / TEMPLATE_FOLDER).glob("*.jinja")}
+    if trainer := next((folder for folder in trained if has_vocabulary(folder)), None):
+        for path in tokenizer_files(base):
+            sources.pop(str(path.relative_to(base)), None)
+        sources |= {str(path.relative_to(trainer)): path for path in tokenizer_files(trainer)}
+    if template != OWN_TEMPLATE:
+        sources[TEMPLATE_FILE] = Path(template)
+    for name, path in sources.items():
         with writing(out / name):
             (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(base / name, out / name)
-    if template != OWN_TEMPLATE:
-        with writing(out / TEMPLATE_FILE):
-            shutil.copyfile(template, out / TEMPLATE_FILE)
-        names = sorted({*names, TEMPLATE_FILE})
-    return names
+            shutil.copyfile(path, out / name)
+    return sorted(sources)
 
 
 def _is_companion(name: str) -> bool:

@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .disk import new_folder, read_json, write_json
-from .model_folder import read_config, stored_tensors
+from .model_folder import TOKENIZER_FILES, has_vocabulary, read_config, stored_tensors, tokenizer_files
 from .spec import EXIT_RETRY, EXIT_USER, ModelSpec, TrainError
 
 CONVERTER_VERSION = 1
 """Part of the cache key: raise it whenever a converted model would differ."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-"""Each of these alone says that a folder has a tokenizer."""
-TOKENIZER_PATTERNS = (
-    *TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "*.tiktoken", "tokenization*.py",
-)  # fmt: skip
-"""All files that can change what a text becomes."""
 ALLOWED_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 IGNORED_PATTERNS = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 OTHER_SOURCES = (
@@ -50,11 +43,6 @@ def materialise(model: ModelSpec) -> Path:
     return folder
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Files that decide what a text becomes, sorted."""
-    return sorted({p for pattern in TOKENIZER_PATTERNS for p in folder.glob(pattern) if p.is_file()})
-
-
 def check_folder(folder: Path) -> None:
     """Raises TrainError unless config.json, whole safetensors and a tokenizer are there. Reads headers only."""
     if not folder.is_dir():
@@ -76,7 +64,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    if any((folder / name).is_file() for name in TOKENIZER_FILES) or any(folder.glob("*.tiktoken")):
+    if has_vocabulary(folder):
         return
     raise TrainError(
         f"model folder {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})",

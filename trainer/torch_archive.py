@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import collections
+import errno
 import io
 import math
 import os
@@ -148,12 +149,50 @@ class Inert:
         pass
 
 
-def read_archive(path: Path) -> Any:
-    """The objects of the file, with ArchiveTensor for every tensor. Raises TrainError, naming the file and what it asked for."""
+class _Window(io.RawIOBase):
+    """Bytes [start, start + length) of an open file, as a file of their own."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            # As the system says it, which zipfile expects of a file that is too short.
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
+    """The objects of the file, or of the archive in `length` bytes of it, with ArchiveTensor for every tensor.
+
+    Raises TrainError, naming the file and what it asked for.
+    """
     try:
-        regular_size(path)
-        with zipfile.ZipFile(path) as archive:
-            return _read(path, archive)
+        size = regular_size(path)
+        if start + (length or 0) > size:
+            raise TrainError(f"{path}: has {size} bytes, {start + (length or 0)} were promised", "It is cut short.")
+        with path.open("rb") as file:
+            window = _Window(file, start, size - start if length is None else length)
+            with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]  # a file for all that zipfile asks
+                return _read(path, archive, start)
     except OSError as e:
         raise TrainError(f"{path}: cannot be read: {e.strerror or e}") from e
     except zipfile.BadZipFile as e:
@@ -163,7 +202,7 @@ def read_archive(path: Path) -> Any:
         ) from e
 
 
-def _read(path: Path, archive: zipfile.ZipFile) -> Any:
+def _read(path: Path, archive: zipfile.ZipFile, start: int) -> Any:
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
@@ -176,9 +215,8 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Any:
             raise TrainError(f"{path}: {name} has {info.file_size} bytes, or is compressed; at most {limit} are read")
     if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
         raise TrainError(f"{path}: was written on a big-endian machine")
-    reader = _Reader(
-        io.BytesIO(archive.read(pickles[0])), path, {n: i for n, i in members.items() if n.startswith(root)}, root
-    )
+    held = {name: info for name, info in members.items() if name.startswith(root)}
+    reader = _Reader(io.BytesIO(archive.read(pickles[0])), path, held, root, start)
     try:
         return reader.load()
     except TrainError:
@@ -187,12 +225,22 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Any:
         raise TrainError(f"{path}: its pickle is damaged ({type(e).__name__}: {e})", "Copy or save it again.") from e
 
 
+def refused(path: Path, name: str) -> TrainError:
+    """The error for a pickle that asks for `name`."""
+    return TrainError(
+        f"{path}: asks for {name}, which has no place in a checkpoint; nothing of it was run",
+        "If you trust where it comes from, load it with the program that wrote it and save the tensors alone.",
+    )
+
+
 class _Reader(pickle.Unpickler):
     """Finds only what `_BUILDERS`, STORAGES and INERT name."""
 
-    def __init__(self, data: io.BytesIO, path: Path, members: dict[str, zipfile.ZipInfo], root: str) -> None:
+    def __init__(
+        self, data: io.BytesIO, path: Path, members: dict[str, zipfile.ZipInfo], root: str, start: int
+    ) -> None:
         super().__init__(data)
-        self.path, self.members, self.root = path, members, root
+        self.path, self.members, self.root, self.start = path, members, root, start
 
     def find_class(self, module: str, name: str) -> Any:
         # torch writes protocol 2, which calls modules by their names of Python 2.
@@ -205,10 +253,7 @@ class _Reader(pickle.Unpickler):
             return STORAGES[name]
         if INERT.fullmatch(full):
             return Inert
-        raise TrainError(
-            f"{self.path}: asks for {full}, which has no place in a checkpoint; nothing of it was run",
-            "If you trust where it comes from, load it with the program that wrote it and save the tensors alone.",
-        )
+        raise refused(self.path, full)
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, _, numel = pid
@@ -225,13 +270,14 @@ class _Reader(pickle.Unpickler):
 
     def _place(self, info: zipfile.ZipInfo) -> int:
         """Where a stored member's bytes begin: behind its local header, whose name and extra field vary in length."""
+        at = self.start + info.header_offset
         with open(self.path, "rb") as f:
-            f.seek(info.header_offset)
+            f.seek(at)
             header = f.read(30)
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise TrainError(f"{self.path}: the archive is damaged at byte {info.header_offset}")
+            raise TrainError(f"{self.path}: the archive is damaged at byte {at}")
         name, extra = struct.unpack("<HH", header[26:])
-        return info.header_offset + 30 + name + extra
+        return at + 30 + name + extra
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> ArchiveTensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
     items = [
         {"folder": str(folder / f"{by}-{method}-{zero}"), "method": method, "zero": zero, "by": by}
-        for by, method, zero in CASES
+        for by, method, zero in [*CASES, *(("fsdp", method, 0) for method in ("full", "lora"))]
     ]
     carry_out(folder, 2, items, script="foreign_process.py")
     return folder
@@ -80,6 +82,68 @@ def test_the_weights_are_those_of_deepspeeds_own_tool(
         names = {name: name.replace(".weight", ".default.weight") for name in expected}
     for name, parameter in names.items():
         assert torch.equal(loaded[parameter].float(), (found if method == "full" else rounded)[name].float()), name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the full models, with its weights."""
+    folder = tmp_path_factory.mktemp("base")
+    model_of("full").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_fsdp_sharded_is_put_together(foreign: Path, base: Path, tmp_path: Path, method: str) -> None:
+    folder = foreign / f"fsdp-{method}-0"
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    expected = {n.replace(".default", ""): t for n, t in expected.items() if method == "full" or "lora_" in n}
+    if method == "full":
+        assert torch.equal(expected.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
+    step = folder / "checkpoint-1"
+    for number, source in enumerate((folder, step, step / "pytorch_model_fsdp_0")):
+        flags = ("--base", str(base)) if method == "full" else ()
+        found = consolidated(source, tmp_path / str(number), *flags)
+        assert found.keys() == expected.keys()
+        assert all(t.dtype == torch.bfloat16 and torch.equal(t, expected[n]) for n, t in found.items())
+        assert json.loads((tmp_path / str(number) / "consolidation.json").read_text())["step"] == 1
+    # Of the wrapped model's own names, without a base to compare them with.
+    if method == "full":
+        assert consolidated(step, tmp_path / "own").keys() >= expected.keys()
+
+
+def test_damage_in_fsdps_files_is_named(foreign: Path, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(foreign / "fsdp-full-0" / "checkpoint-1" / "pytorch_model_fsdp_0", folder)
+
+    def refused(said: str) -> None:
+        with pytest.raises(TrainError) as error:
+            consolidated(folder, tmp_path / "out", "--base", str(base))
+        assert said in error.value.message, error.value.message
+        assert not (tmp_path / "out").exists()
+
+    shard, metadata = folder / "__1_0.distcp", folder / ".metadata"
+    whole, described = shard.read_bytes(), metadata.read_bytes()
+    shard.write_bytes(whole[:1000])
+    refused("__1_0.distcp")
+    shard.write_bytes(b"x" * len(whole))
+    refused("__1_0.distcp")
+    shard.unlink()
+    refused("__1_0.distcp")
+    shard.write_bytes(whole)
+    metadata.write_bytes(described[:-20])
+    refused(".metadata")
+    metadata.write_bytes(described.replace(b"__1_0.distcp", b"../_0.distcp"))
+    refused("'../_0.distcp', which is no file beside it")
+    metadata.write_bytes(pickle.dumps(Hostile()))
+    refused(f"asks for {os.system.__module__}.system")
+    assert not (tmp_path / "ran").exists()
+    metadata.write_bytes(pickle.dumps({"state_dict_metadata": {}}))
+    refused("not the description of a checkpoint")
+
+
+class Hostile:
+    def __reduce__(self) -> object:
+        return os.system, ("touch ran",)
 
 
 def test_a_rank_that_is_missing_is_named_and_nothing_is_written(foreign: Path, tmp_path: Path) -> None:

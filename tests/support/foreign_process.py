@@ -1,6 +1,6 @@
-"""One rank of a program that is not ours: DeepSpeed's own save_checkpoint, and transformers' Trainer on DeepSpeed.
+"""One rank of a program that is not ours: DeepSpeed's own save_checkpoint, transformers' Trainer on DeepSpeed, and FSDP.
 
-The only argument is a JSON list of {"folder", "method": full | lora, "zero", "by": deepspeed | trainer}.
+The only argument is a JSON list of {"folder", "method": full | lora, "zero", "by": deepspeed | trainer | fsdp}.
 """
 
 from __future__ import annotations
@@ -82,6 +82,31 @@ def _write_config(folder: Path, method: str) -> None:
         model.config.save_pretrained(str(folder))
 
 
+def by_fsdp(folder: Path, method: str) -> None:
+    """As accelerate and torchtitan do: the model sharded by FSDP 2, saved by torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = model_of(method)
+    for layer in model.modules():
+        if type(layer).__name__ == "LlamaDecoderLayer":
+            fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.randint(VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(dist.get_rank()))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    step = folder / "checkpoint-1"
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=step / "pytorch_model_fsdp_0")
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights.items()}
+    if dist.get_rank() == 0:
+        _write_config(step, method)
+        torch.save(whole, folder / "expected.pt")
+    dist.barrier()
+
+
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return 4
@@ -112,8 +137,11 @@ if __name__ == "__main__":
     start_deepspeed(timedelta(seconds=120))
     for item in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         print("=====", json.dumps(item), flush=True)
-        make = by_deepspeed if item["by"] == "deepspeed" else by_trainer
-        make(Path(item["folder"]), item["method"], item["zero"])
+        if item["by"] == "fsdp":
+            by_fsdp(Path(item["folder"]), item["method"])
+        else:
+            make = by_deepspeed if item["by"] == "deepspeed" else by_trainer
+            make(Path(item["folder"]), item["method"], item["zero"])
         gc.collect()
     sys.stdout.flush()
     os._exit(0)

@@ -19,14 +19,21 @@ HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "ma
 
 
 def save_base(
-    folder: Path, family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any
+    folder: Path,
+    family: str = "llama",
+    tied: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    sizes: dict[str, int] | None = None,
+    **options: Any,
 ) -> Path:
     """A model with random weights, and a byte-level tokenizer with a chat template, in `folder`."""
     torch.manual_seed(0)
     if family == "gpt2":
         config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256)
     else:
-        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**SIZES, **HEADS, tie_word_embeddings=tied)
+        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
+            **SIZES | HEADS | (sizes or {}), tie_word_embeddings=tied
+        )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():

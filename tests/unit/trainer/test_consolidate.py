@@ -249,7 +249,7 @@ def test_a_value_too_large_for_fp16_says_so(tmp_path, base):
 @pytest.mark.parametrize(
     ("rename", "said"),
     [
-        (lambda n: n.replace("lora_B", "lora_magnitude_vector"), "no adapter file can hold it"),
+        (lambda n: n.replace("lora_B", "lora_velora"), "no adapter file can hold it"),
         (lambda n: n.replace("layers.1.self_attn.q_proj.lora_B", "layers.3.self_attn.q_proj.lora_B"), "has no"),
         (lambda n: n.removeprefix("base_model."), "no adapter file can hold it"),
     ],

@@ -1,6 +1,5 @@
 import json
 import shutil
-from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,17 +7,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.tiny_checkpoints import adapted, save_base
+from support.merging import KINDS, assert_same_bits, edit_config, merge, peft_merge, proof_of, save_adapter, weights
+from support.tiny_checkpoints import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import merge as stage
-from trainer.lora_adapter import plan_pairs, read_adapter
-from trainer.merge_proof import DEFAULT_PROMPTS, prove, read_prompts
-from trainer.model_folder import stored_tensors
+from trainer.lora_adapter import read_adapter
+from trainer.merge_plan import make_plan
+from trainer.merge_proof import DEFAULT_PROMPTS, read_prompts
+from trainer.merge_sum import row_blocks
 from trainer.spec import TrainError
 from trainer.worker import main
 
-KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -32,35 +32,6 @@ def bases(tmp_path_factory):
         "fp32": save_base(folder / "fp32", dtype=torch.float32),
         "fp16": save_base(folder / "fp16", dtype=torch.float16),
     }
-
-
-def save_adapter(folder, base, dtype=torch.bfloat16, **options):
-    adapted(base, dtype, **options).save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
-def merge(base, adapter, out, *options):
-    parser = ArgumentParser()
-    stage.add_arguments(parser)
-    argv = ["--adapter", str(adapter), "--out", str(out), *map(str, options)]
-    stage.run(parser.parse_args([*argv, "--base", str(base)] if base else argv))
-    return out
-
-
-def weights(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def peft_merge(base, adapter, out, dtype):
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
-    model.merge_and_unload().save_pretrained(out)
-    return weights(out)
-
-
-def assert_same_bits(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    different = [n for n in ours if ours[n].dtype != theirs[n].dtype or not torch.equal(ours[n], theirs[n])]
-    assert different == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +91,7 @@ def test_large_weights_are_merged_in_blocks_with_the_same_bits(tmp_path, transpo
 def test_blocks_cover_every_row_once_and_none_is_thin():
     for rows in (1, 15, 16, 17, 1000, 1025, 4097):
         for columns in (1, 576, 40_000, 10**6):
-            blocks = stage.row_blocks(rows, columns)
+            blocks = row_blocks(rows, columns)
             assert [b for a, z in blocks for b in range(a, z)] == list(range(rows))
             assert all(z - a >= min(16, rows) for a, z in blocks)
 
@@ -195,20 +166,11 @@ def test_the_base_named_by_the_adapter_is_used(tmp_path, bases):
         merge(tmp_path / "nowhere", adapter, tmp_path / "out2")
 
 
-def edit_config(adapter, **changes):
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 1]]},
         {"trainable_token_indices": [1]},
-        {"target_parameters": ["experts.w"]},
-        {"bias": "lora_only"},
         {"lora_bias": True},
         {"use_qalora": True},
         {"alora_invocation_tokens": [5]},
@@ -220,6 +182,9 @@ def edit_config(adapter, **changes):
         {"r": 0},
         {"lora_alpha": "8"},
         {"rank_pattern": [1]},
+        {"modules_to_save": "lm_head"},
+        {"target_parameters": [1]},
+        {"bias": "some"},
         {"a_key_of_the_future": {"x": 1}},
     ],
 )
@@ -241,7 +206,7 @@ def test_every_misfit_is_listed_at_once(tmp_path, bases):
     tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
     tensors["base_model.model.model.layers.9.mlp.up_proj.lora_B.weight"] = torch.zeros(72, 4)
     tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 300)
-    tensors["base_model.model.lm_head.weight"] = torch.zeros(300, 32)
+    tensors["base_model.model.model.norm.weight"] = torch.zeros(32)
     save_file(tensors, path)
     with pytest.raises(TrainError, match="does not fit the base") as e:
         merge(bases["llama"], adapter, tmp_path / "out")
@@ -249,19 +214,13 @@ def test_every_misfit_is_listed_at_once(tmp_path, bases):
     for said in (
         "the update is [31, 32], model.layers.0.self_attn.q_proj.weight of the base [32, 32]",
         "lora_A [5, 32] and lora_B [16, 4] are not of rank 4",
-        "its other half is missing",
+        "v_proj.lora_B.weight: its other half is missing",
         "the base has no model.layers.9.mlp.up_proj.weight",
-        "lora_embedding_A: not a LoRA matrix",
-        "lm_head.weight: not a LoRA matrix",
+        "embed_tokens.lora_embedding_A: its other half is missing",
+        "norm.weight: neither a LoRA matrix nor a weight of modules_to_save",
     ):
         assert sum(said in problem for problem in problems) == 1, said
     assert len(problems) == 6
-
-
-def test_an_adapter_on_a_tied_head_is_refused(tmp_path, bases):
-    adapter = save_adapter(tmp_path / "adapter", bases["llama"], target_modules=["lm_head"])
-    with pytest.raises(TrainError, match="one weight"):
-        plan_pairs(read_adapter(adapter), stored_tensors(bases["llama"]), tied=True)
 
 
 def test_damaged_and_unusual_inputs_are_named(tmp_path, bases):
@@ -337,7 +296,7 @@ def trained(tmp_path, bases):
 
 
 def compare(bases, adapter, merged, dtype):
-    return prove(bases["fp32"], adapter, merged, list(DEFAULT_PROMPTS), dtype, "cpu", trust_remote_code=False)
+    return proof_of(bases["fp32"], adapter, merged, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -357,11 +316,10 @@ def test_a_faithful_merge_is_proved_and_a_missing_one_is_not(tmp_path, bases, tr
 
 @pytest.mark.parametrize("share", [0.0, 0.99])
 def test_one_wrong_weight_is_seen_in_fp32(tmp_path, bases, trained, share):
-    parser = ArgumentParser()
-    stage.add_arguments(parser)
-    plan = stage.make_plan(str(bases["fp32"]), trained, None, 10**9)
+    plan = make_plan(bases["fp32"], [read_adapter(trained)], None, 10**9)
     target = "model.layers.1.mlp.down_proj.weight"
-    plan.pairs[target] = replace(plan.pairs[target], scaling=plan.pairs[target].scaling * share)
+    (update,) = plan.sources[target].updates
+    plan.sources[target] = replace(plan.sources[target], updates=(replace(update, scaling=update.scaling * share),))
     (tmp_path / "bad").mkdir()
     stage.write(plan, tmp_path / "bad")
     assert compare(bases, trained, tmp_path / "bad", "fp32")["failures"]
@@ -383,7 +341,7 @@ def test_a_failed_comparison_marks_the_folder_and_exits_2(tmp_path, bases, train
 def test_an_update_lost_in_bf16_is_noted(tmp_path, bases):
     adapter = save_adapter(tmp_path / "adapter", bases["fp32"], torch.float32, spread=0.01)
     base = merge(bases["fp32"], adapter, tmp_path / "bf16", "--no-proof", "--dtype", "bf16")
-    proof = prove(base, adapter, base, list(DEFAULT_PROMPTS), "bf16", "cpu", trust_remote_code=False)
+    proof = proof_of(base, adapter, base, "bf16")
     assert proof["failures"] == []
     assert "lost 100% of the adapter's effect" in proof["notes"][0]
 

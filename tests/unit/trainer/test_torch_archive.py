@@ -165,8 +165,9 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
 
 
 def test_xtuners_layout(tmp_path: Path) -> None:
-    """Built to the layout that XTuner 0.1 leaves (`iter_N.pth/`, names under `llm.`), not written by XTuner itself."""
+    """The layout that XTuner leaves with DeepSpeed: `iter_N.pth/`, names under `llm.`."""
     from trainer.deepspeed_folder import find_shards, read
+    from trainer.foreign import Given
 
     folder = tmp_path / "work_dirs" / "iter_500.pth"
     folder.mkdir(parents=True)
@@ -195,7 +196,7 @@ def test_xtuners_layout(tmp_path: Path) -> None:
     assert find_shards(folder, None) == folder
     with pytest.raises(TrainError, match="holds no step 3"):
         find_shards(tmp_path / "work_dirs", 3)
-    found = read(folder, alpha=4.0)
+    found = read(folder, Given(alpha=4.0))
     assert found.manifest.step == 500
     assert found.manifest.dtype == "bf16"
     layer = "base_model.model.model.layers.0.self_attn.q_proj"

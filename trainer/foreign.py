@@ -1,0 +1,233 @@
+"""Checkpoints of other programs, described alike: which weights there are, where their elements lie, what is known beside them.
+
+Every reader (`deepspeed_folder`, `dcp_folder`, `state_file`) ends in a ForeignCheckpoint. No tensor has been read then.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_format import Manifest
+from .disk import read_json
+from .model_folder import stored_tensors
+from .spec import TrainError
+from .tensor_files import INDEX, WEIGHTS
+from .torch_archive import ArchiveTensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIXES = ("module.", "llm.", "_orig_mod.", "_fsdp_wrapped_module.")
+"""Of wrappers around the language model: DeepSpeed's and DDP's, XTuner's, torch.compile's, FSDP's."""
+ADAPTER_PREFIX = "base_model.model."
+RECIPE_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+Slice = tuple[int, ArchiveTensor, int, int]
+"""First element of the parameter, the tensor that holds it, where in that tensor, and how many elements."""
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A checkpoint of another program, described; no tensor has been read."""
+
+    manifest: Manifest
+    """As of a checkpoint of ours; `files` is empty."""
+    slices: dict[str, list[Slice]]
+    """Parameter -> its elements in order."""
+    frozen: tuple[str, ...]
+    """Of a full model, the weights that were not trained and are not in the shards: the base must have them."""
+    base: Path | None
+    """Folder of the model that training began with, where one is known."""
+    notes: tuple[str, ...]
+    """What was inferred."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of a checkpoint."""
+
+    alpha: float | None = None
+    """lora_alpha, for an adapter whose config is nowhere."""
+    base: Path | None = None
+    """Folder of the model that training began with."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What there is beside the weights."""
+
+    given: Given
+    home: Path | None = None
+    """Folder with adapter_config.json or config.json."""
+    program: str = ""
+    """The training program's own config, as Python text (XTuner keeps it in each checkpoint)."""
+
+
+def program_of(content: Any) -> str:
+    """The training config that mmengine puts into each checkpoint (meta["cfg"]); "" where there is none."""
+    meta = content.get("meta") if isinstance(content, dict) else None
+    program = meta.get("cfg") if isinstance(meta, dict) else None
+    return program if isinstance(program, str) else ""
+
+
+def home_of(*folders: Path) -> Path | None:
+    """The first of the folders that says what was trained."""
+    names = (ADAPTER_CONFIG, "config.json")
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+
+def describe(
+    slices: dict[str, list[Slice]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    known: Known,
+    *,
+    step: int,
+    stage: int = 0,
+    world_size: int = 1,
+    frozen: Sequence[str] = (),
+) -> ForeignCheckpoint:
+    """`shapes` and `slices` by the names that the program uses; `dtype` as a recipe says it. Raises TrainError when lora_alpha is nowhere."""
+    home = known.home
+    notes: tuple[str, ...] = ()
+    config = None
+    names = plain_names(shapes)
+    is_adapter = any(".lora_A." in name for name in names.values())
+    base = known.given.base or (home if home is not None and (home / "config.json").is_file() else None)
+    settings = _program_settings(known.program)
+    if base is None and (path := settings.get("base")) and Path(str(path)).is_dir():
+        base = Path(str(path)).absolute()
+    if is_adapter:
+        others = [short for short in names.values() if not is_adapter_weight(short)]
+        names = {name: short for name, short in names.items() if is_adapter_weight(short)}
+        trained = {short: shapes[name] for name, short in names.items()}
+        config, notes = _adapter_config(known, settings, trained)
+        if others:
+            notes += (f"left out: {len(others)} weights that are not the adapter's, such as {others[0]}",)
+    elif base is not None:
+        names = _names_in(base, names)
+    wrapper = next((long.removesuffix(short) for long, short in names.items() if long != short), "")
+    manifest = Manifest(
+        run_id="",
+        step=step,
+        world_size=world_size,
+        dp=world_size,
+        sp=1,
+        zero_stage=stage,
+        method="lora" if is_adapter else "full",
+        dtype=dtype,
+        base_model=str((config or {}).get("base_model_name_or_path") or base or ""),
+        parameters={short: shapes[name] for name, short in names.items()},
+        adapter_config=config,
+        files=(),
+        state={},
+    )
+    rest = () if is_adapter else tuple(name.removeprefix(wrapper) for name in frozen)
+    return ForeignCheckpoint(manifest, {short: slices[name] for name, short in names.items()}, rest, base, notes)
+
+
+def common_dtype(tensors: Iterable[ArchiveTensor]) -> str:
+    """That of most tensors, as a recipe says it; fp32 when there is none."""
+    found = Counter(tensor.dtype for tensor in tensors if tensor.dtype in RECIPE_DTYPES)
+    return RECIPE_DTYPES[found.most_common(1)[0][0]] if found else "fp32"
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name without the names of what was wrapped around the model."""
+    plain = {name: name.replace("_checkpoint_wrapped_module.", "") for name in names}
+    # An adapter's names say where they begin; what stands before is a wrapper, whatever it is called.
+    marked = {name: short[at:] for name, short in plain.items() if (at := short.find(ADAPTER_PREFIX)) >= 0}
+    if marked and any(".lora_A." in name for name in marked.values()):
+        return plain | marked
+    for _ in range(len(PREFIXES)):
+        for prefix in PREFIXES:
+            if all(short.startswith(prefix) for short in plain.values()):
+                plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
+    return plain
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a weight of a PeftModel is its adapter's, not its base's."""
+    return name.startswith(ADAPTER_PREFIX) and (".lora_" in name or ".modules_to_save." in name)
+
+
+def _names_in(base: Path, names: dict[str, str]) -> dict[str, str]:
+    """The names as the base has them. Left out: a head that is the embedding under a second name, and rotary buffers."""
+    if not ((base / WEIGHTS).is_file() or (base / INDEX).is_file()):
+        return names
+    held = stored_tensors(base).keys()
+    for prefix in ("", "model."):
+        short = {name: plain.removeprefix(prefix) for name, plain in names.items()}
+        left_out = {n for n, s in short.items() if s not in held and s.endswith(("lm_head.weight", "inv_freq"))}
+        if all(s in held for n, s in short.items() if n not in left_out):
+            return {name: s for name, s in short.items() if name not in left_out}
+    return names
+
+
+def _adapter_config(
+    known: Known, settings: dict[str, Any], parameters: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(adapter_config, what was inferred). Raises TrainError when lora_alpha is nowhere."""
+    if known.home is not None and (known.home / ADAPTER_CONFIG).is_file():
+        return read_json(known.home / ADAPTER_CONFIG), ()
+    layers = {name.partition(".lora_A.")[0]: shape[0] for name, shape in parameters.items() if ".lora_A." in name}
+    rank = Counter(layers.values()).most_common(1)[0][0]
+    others = {layer.removeprefix(ADAPTER_PREFIX): r for layer, r in layers.items() if r != rank}
+    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    alpha = known.given.alpha if known.given.alpha is not None else settings.get("lora_alpha")
+    if alpha is None:
+        raise TrainError(
+            f"there is no {ADAPTER_CONFIG} beside the shards; rank {rank} and targets {', '.join(targets)} follow from the "
+            "weights, lora_alpha does not",
+            f"Give it as it was in training: --lora-alpha {2 * rank}. Or copy the run's {ADAPTER_CONFIG} there.",
+        )
+    saved = sorted({n.partition(".modules_to_save.")[0].rpartition(".")[2] for n in parameters if ".modules_to_" in n})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": settings.get("base"),
+        "r": rank,
+        "rank_pattern": others,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "bias": "none",
+        "modules_to_save": saved or None,
+    }
+    source = "given" if known.given.alpha is not None else "from the training program's config"
+    return config, (
+        f"no {ADAPTER_CONFIG}: rank {rank} and targets {', '.join(targets)} inferred, lora_alpha {alpha:g} {source}",
+    )
+
+
+def _program_settings(text: str) -> dict[str, Any]:
+    """lora_alpha and base model that an XTuner config names; read as text, never run. Nothing for other text."""
+    found: dict[str, Any] = {}
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in ("lora_alpha", "pretrained_model_name_or_path"):
+            name, value = str(node.arg), node.value
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, node.value
+        else:
+            continue
+        if not isinstance(value, ast.Constant):
+            continue
+        if name == "lora_alpha" and isinstance(value.value, int | float) and 0 < value.value < math.inf:
+            found.setdefault("lora_alpha", value.value)
+        if name == "pretrained_model_name_or_path" and isinstance(value.value, str):
+            found.setdefault("base", value.value)
+    return found
+
+
+def step_in_name(path: Path) -> int:
+    """`iter_500.pth`, `checkpoint-200`, `global_step7` -> the number; 0 when there is none."""
+    match = re.search(r"(?:iter_|epoch_|checkpoint-|global_step|step[-_]?)(\d+)", path.name)
+    return int(match[1]) if match else 0
