@@ -16,9 +16,8 @@ from cluster.registry import load
 from trainer.spec import EXIT_BUG, EXIT_OK
 
 from .errors import LaunchError
-from .plan import PACKAGE_ROOT
 from .run_dir import RunDir, read_json
-from .stages import ENTRYPOINT, qlora_flags
+from .stages import ENTRYPOINT, PACKAGE_ROOT, qlora_flags
 from .start import runs_dir
 from .supervise import failure_text
 
@@ -53,7 +52,10 @@ def consolidate(target: str, out: Path | None, options: dict[str, Any]) -> int:
         options = {**options, "base": options["base"] or _model_dir(found), "template": spec["data"]["template"]}
         source = found.checkpoints
     else:
-        source, default = found, found.parent / f"{found.name.removesuffix(found.suffix) if found.is_file() else found.name}-consolidated"
+        source, default = (
+            found,
+            found.parent / f"{found.name.removesuffix(found.suffix) if found.is_file() else found.name}-consolidated",
+        )
     return _run_stage("consolidate", ["--source", str(source), "--out", _out(out, default), *_flags(options)])
 
 

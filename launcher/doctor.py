@@ -19,8 +19,8 @@ from typing import Any
 from trainer.spec import EXIT_OK, EXIT_USER
 
 from .compiler import find_compiler, install_hint
+from .stages import PACKAGE_ROOT
 
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 OUR_PACKAGES = ("launcher", "trainer", "cluster")
 REQUIRED = (
     "torch",

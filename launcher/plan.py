@@ -38,9 +38,8 @@ from .plan_memory import budget_gb, estimate_plan, has_room_for_a_copy, memory_w
 from .recipe import LoadedRecipe
 from .recipe_schema import Recipe
 from .run_dir import RunDir
-from .stages import jobs_of
+from .stages import PACKAGE_ROOT, jobs_of
 
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 DEBUG_STEPS = 10
 
 

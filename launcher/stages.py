@@ -14,6 +14,8 @@ from .errors import LaunchError
 from .run_dir import RunDir, read_json
 
 ENTRYPOINT = "trainer.worker"
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+"""Folder of our packages; workers refuse to run others of the same names."""
 STAGES = ("prepare", "train", "consolidate", "merge", "evaluate")
 # Filled in from prepared.json when the job starts: only `prepare` knows where a downloaded model lies.
 MODEL_DIR = "{model_dir}"

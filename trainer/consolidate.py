@@ -31,7 +31,6 @@ from .checkpoint_format import (
     newest_verified,
     num_threads,
     read_manifest,
-    sha256_file,
     verify,
 )
 from .disk import new_folder, refuse_existing, require_space, write_json, write_text
@@ -264,15 +263,17 @@ def _check_same_model(manifest: Manifest, held: dict[str, StoredTensor], base: P
 def write(plan: Plan, out: Path, template: str = OWN_TEMPLATE) -> dict[str, Any]:
     """Write the folder, checking every value on its way. Returns the content of consolidation.json. Raises TrainError."""
     learned: dict[str, bool] = {}
+    hashes: dict[str, str] = {}
     require_space(out, sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors))
     with new_folder(out) as folder:
         with contextlib.ExitStack() as stack:
             pieces = _pieces(plan, stack)
             pool = stack.enter_context(ThreadPoolExecutor(num_threads()))
             for shard in plan.shards:
-                with SafetensorsWriter(folder / shard.file, shard.tensors) as writer:
+                with SafetensorsWriter(folder / shard.file, shard.tensors, hashed=True) as writer:
                     for tensor in shard.tensors:
                         _write_tensor(plan, tensor, pieces, writer, pool, learned)
+                hashes[shard.file] = writer.sha256()
         _check_learned(plan.manifest, learned)
         if plan.manifest.method == "full":
             assert plan.base is not None
@@ -281,7 +282,7 @@ def write(plan: Plan, out: Path, template: str = OWN_TEMPLATE) -> dict[str, Any]
             copy_companions(plan.base, folder, template)
         else:
             write_text(folder / ADAPTER_CONFIG, json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=False))
-        report = _report(plan, folder)
+        report = _report(plan, hashes)
         write_json(folder / REPORT, report)
     return report
 
@@ -367,11 +368,8 @@ def _check_learned(manifest: Manifest, learned: dict[str, bool]) -> None:
         )
 
 
-def _report(plan: Plan, folder: Path) -> dict[str, Any]:
+def _report(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
     manifest = plan.manifest
-    files = [shard.file for shard in plan.shards]
-    with ThreadPoolExecutor(num_threads(len(files))) as threads:
-        hashes = dict(zip(files, threads.map(lambda name: sha256_file(folder / name), files), strict=True))
     return {
         "format": "tunelaunch-consolidation-1",
         "run_id": manifest.run_id,

@@ -27,8 +27,10 @@ from .tensor_header import FLOAT_DTYPES, TensorEntry, TensorSpec, pack_header, r
 CHUNK = 2**18
 """Elements converted at a time: 1 MiB of fp32, so that the passes of a rounding stay in the processor's cache."""
 COPY_BYTES = 2**26
-HASHED_BYTES = 2**22
-"""Written, and hashed while they are in the processor's cache, at a time."""
+WRITTEN_BYTES = 2**22
+"""Written by one call of the system."""
+HASHED_AHEAD = 16
+"""Pieces that may be written before the first of them is hashed."""
 AHEAD = 16
 """Pieces that may be computed before the first of them is written."""
 
@@ -102,7 +104,8 @@ class SafetensorsWriter:
     """Writes a safetensors file front to back: header first, then the tensors in the order of `tensors`.
 
     Use as a context manager; a normal end checks that every tensor is complete and flushes the file to the disk.
-    Raises TrainError when the disk refuses. With `hashed`, `sha256` is known at the end without reading it again.
+    Raises TrainError when the disk refuses. With `hashed` a thread hashes what was written, so that `sha256` is known at the
+    end without reading it again; pieces must then stay as they are.
     """
 
     def __init__(
@@ -114,6 +117,8 @@ class SafetensorsWriter:
     ) -> None:
         self.path = path
         self._digest = hashlib.sha256() if hashed else None
+        self._hasher = ThreadPoolExecutor(1) if hashed else None
+        self._unhashed: deque[Future[None]] = deque()
         self._left = [(tensor.name, tensor.nbytes) for tensor in reversed(tensors)]
         header = pack_header(tensors, metadata or {"format": "pt"})
         with self._writing():
@@ -132,6 +137,8 @@ class SafetensorsWriter:
                 with self._writing():
                     os.fsync(self._fd)
         finally:
+            if self._hasher is not None:
+                self._hasher.shutdown()
             os.close(self._fd)
 
     def write(self, name: str, piece: np.ndarray) -> None:
@@ -140,7 +147,7 @@ class SafetensorsWriter:
         self._write_all(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
     def copy(self, name: str, source: TensorFile, entry: TensorEntry) -> None:
-        """Append tensor `name` whole from another file, inside the kernel where the file system can."""
+        """Append tensor `name` whole from another file, inside the kernel where the file system can and nobody hashes."""
         self._account(name, entry.nbytes)
         at = entry.start
         while at < entry.end:
@@ -151,7 +158,8 @@ class SafetensorsWriter:
 
     def _copy_range(self, source: TensorFile, offset: int, size: int) -> int:
         try:
-            return os.copy_file_range(source.fileno(), self._fd, size, offset)
+            if self._digest is None:
+                return os.copy_file_range(source.fileno(), self._fd, size, offset)
         except OSError as e:
             if e.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise storage_error(e, self.path, _KEPT) from e
@@ -171,16 +179,18 @@ class SafetensorsWriter:
             self._left[-1] = (name, left - size)
 
     def sha256(self) -> str:
-        """Hex digest of all that was written; `copy` must not have been used."""
+        """Hex digest of all that was written; asked for after the end."""
         assert self._digest is not None
         return self._digest.hexdigest()
 
     def _write_all(self, data: memoryview) -> None:
+        if self._hasher is not None and self._digest is not None:
+            self._unhashed.append(self._hasher.submit(self._digest.update, data))
+            if len(self._unhashed) > HASHED_AHEAD:
+                self._unhashed.popleft().result()
         while data:
             with self._writing():
-                size = os.write(self._fd, data[:HASHED_BYTES])
-            if self._digest is not None:
-                self._digest.update(data[:size])
+                size = os.write(self._fd, data[:WRITTEN_BYTES])
             data = data[size:]
 
     def _writing(self) -> Any:

@@ -75,7 +75,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def normalised(value: object, tmp_path: Path) -> str:
     import sys
 
-    from launcher.plan import PACKAGE_ROOT
+    from launcher.stages import PACKAGE_ROOT
 
     text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True)
     for path, name in ((tmp_path, "<tmp>"), (sys.executable, "<python>"), (PACKAGE_ROOT, "<package>")):
