@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cluster.job import JobSpec, JobState
+from cluster.job import ClusterError, JobSpec, JobState
 from cluster.registry import load
 from trainer.spec import EXIT_BUG, EXIT_OK
 
@@ -186,7 +186,7 @@ def _tuned(run: RunDir, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 
 
 def _device_of(stage: str, run: RunDir | None, on_gpu: bool) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(UUIDs, environment) for one process. Raises ClusterError when it needs a GPU and none is free."""
+    """(UUIDs, environment) for one process. Raises LaunchError when it needs a GPU and none is free."""
     if run is not None:
         job = next(j for j in read_json(run.plan)["jobs"] if j["name"] == stage)
         return tuple(job["devices"]), job["env"]
@@ -197,7 +197,11 @@ def _device_of(stage: str, run: RunDir | None, on_gpu: bool) -> tuple[tuple[str,
     inventory = read_inventory()
     # Unless it is asked for, only answering questions is worth a GPU.
     on_gpu = on_gpu or (stage == "evaluate" and bool(inventory.devices))
-    selection = select(inventory, "free:1", os.environ) if on_gpu else cpu_selection(1, inventory)
+    try:
+        selection = select(inventory, "free:1", os.environ) if on_gpu else cpu_selection(1, inventory)
+    except ClusterError as e:
+        reason = e.message.removeprefix("--gpus free:1: ")
+        raise LaunchError(f"{stage} needs a free GPU: {reason}", "Leave --device out to run on the CPU.") from e
     return selection.uuids, device_env(selection)
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TrainError
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     try:
         _check_identity(known.package_root)
         stage = importlib.import_module(STAGES[known.stage])
-        stage_parser = argparse.ArgumentParser(prog=f"trainer.worker {known.stage}")
+        stage_parser = _StageParser(prog=f"trainer.worker {known.stage}")
         stage.add_arguments(stage_parser)
         stage.run(stage_parser.parse_args(rest))
     except TrainError as e:
@@ -70,6 +71,13 @@ def main(argv: list[str]) -> int:
     except Exception as e:  # a process border: whatever ends a rank is written down with its traceback
         return _fail(known.log_dir, rank, "bug", f"{type(e).__name__}: {e}", "")
     return EXIT_OK
+
+
+class _StageParser(argparse.ArgumentParser):
+    """Says what is wrong as every other failure is said: the flags come from the launcher's own."""
+
+    def error(self, message: str) -> NoReturn:
+        raise TrainError(message)
 
 
 def die_with_parent() -> None:

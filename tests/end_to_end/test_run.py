@@ -82,8 +82,16 @@ def test_qlora_trains_and_merges(launch: Launch, work: Path) -> None:
     (work / "qlora.yaml").write_text("extends: tiny_cpu.yaml\nmethod: qlora\n", encoding="utf-8")
     done = launch("qlora.yaml", "--cpu", "2", cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
-    steps = losses(only_run(work))
+    run = only_run(work)
+    steps = losses(run)
     assert steps[max(steps)] < steps[1]
+    report = json.loads((run / "merged" / "merge_report.json").read_text(encoding="utf-8"))
+    assert report["verified"] is True
+    assert report["proof"]["bases"]["merged_on"] == "bf16"
+    done = launch("merge", str(run), "--base-precision", "nf4", "--out", "on_nf4", cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    on_nf4 = json.loads((work / "on_nf4" / "merge_report.json").read_text(encoding="utf-8"))
+    assert (on_nf4["base_precision"], on_nf4["proof"]["bases"]["nearer"]) == ("nf4", "nf4")
 
 
 def test_debug_shows_the_first_batch_and_learns_it(launch: Launch, work: Path) -> None:
