@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -96,17 +99,17 @@ def entries_of(row: str, args: argparse.Namespace) -> Iterator[list[Entry]]:
     if row == "consolidate":
         config = json.loads((args.smollm2 / "config.json").read_text(encoding="utf-8"))
         for zero in (2, 3):
-            folder = write_checkpoint(work / f"smollm2_zero{zero}", config, zero, 2)
+            folder = _made(write_checkpoint, work / f"smollm2_zero{zero}", config, zero, 2)
             yield _consolidating(row, f"SmolLM2-135M, ZeRO-{zero}, 2 shards", folder, args.smollm2, work)
     elif row == "consolidate_1b":
-        base = write_model("llama_1.1b", work / "llama_1.1b", args.smollm2)
+        base = _made(write_model, "llama_1.1b", work / "llama_1.1b", args.smollm2)
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         for zero, ranks in ((2, 2), (2, 4), (3, 2), (3, 4)):
-            folder = write_checkpoint(work / "llama_checkpoint", config, zero, ranks)
+            folder = _made(write_checkpoint, work / "llama_checkpoint", config, zero, ranks)
             yield _consolidating(row, f"1.1B, ZeRO-{zero}, {ranks} shards", folder, base, work)
             shutil.rmtree(folder)
     elif row == "adapter_7b":
-        folder = write_checkpoint(work / "qwen2_7b_lora", SHAPES["qwen2_7b"] or {}, 3, 2, lora_rank=RANK)
+        folder = _made(write_checkpoint, work / "qwen2_7b_lora", SHAPES["qwen2_7b"] or {}, 3, 2, RANK)
         out = work / "out"
         argv = [_launch(), "consolidate", str(folder), "--out", str(out)]
         what = f"LoRA r {RANK} of a 7B shape, ZeRO-3, 2 shards"
@@ -116,6 +119,12 @@ def entries_of(row: str, args: argparse.Namespace) -> Iterator[list[Entry]]:
     else:
         for name in ("smollm2", "qwen2_0.5b", "qwen2_1.5b", "qwen2_3b"):
             yield [e for e in _merging(row, name, args) if e.contender in ("tunelaunch", "peft", BARE)]
+
+
+def _made(make: Callable[..., Path], *args: Any) -> Path:
+    """What `make` returns, made by another process: the kernel counts the memory of this one as that of what it starts."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(make, *args).result()
 
 
 def _launch() -> str:
@@ -142,8 +151,8 @@ def _consolidating(row: str, what: str, folder: Path, base: Path, work: Path) ->
 
 def _merging(row: str, name: str, args: argparse.Namespace) -> list[Entry]:
     work: Path = args.work
-    base = write_model(name, work / name, args.smollm2)
-    adapter = write_adapter(work / f"{name}_adapter", base, RANK)
+    base = _made(write_model, name, work / name, args.smollm2)
+    adapter = _made(write_adapter, work / f"{name}_adapter", base, RANK)
     what = f"{name}, LoRA r {RANK}"
     out, copied = work / "merged", work / "merged_cp"
     argv = [_launch(), "merge", str(adapter), "--base", str(base), "--out", str(out), "--no-proof"]

@@ -21,7 +21,7 @@ from .stages import ENTRYPOINT, PACKAGE_ROOT, qlora_flags
 from .start import runs_dir
 from .supervise import failure_text
 
-POLL_S = 0.05
+POLL_S = 0.01
 
 
 def _find(target: str, files: bool = False) -> RunDir | Path:

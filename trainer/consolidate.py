@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,11 @@ from .tensor_files import (
     StoredTensor,
     TensorFile,
     all_finite,
-    converted,
     from_float32,
     in_order,
     parse_size,
     plan_shards,
+    read_as,
     to_float32,
     write_index,
 )
@@ -268,11 +268,16 @@ def write(plan: Plan, out: Path, template: str = OWN_TEMPLATE) -> dict[str, Any]
     with new_folder(out) as folder:
         with contextlib.ExitStack() as stack:
             pieces = _pieces(plan, stack)
+            kept = {tensor.path for tensor in plan.untrained.values()}
+            files = {path: stack.enter_context(TensorFile(path)) for path in kept}
             pool = stack.enter_context(ThreadPoolExecutor(num_threads()))
             for shard in plan.shards:
                 with SafetensorsWriter(folder / shard.file, shard.tensors, hashed=True) as writer:
-                    for tensor in shard.tensors:
-                        _write_tensor(plan, tensor, pieces, writer, pool, learned)
+                    # Over all tensors at once: a pause at the end of each would leave the processor idle.
+                    for name, values, moved in in_order(pool, _Work.done, _work(plan, shard, pieces, files)):
+                        writer.write(name, values)
+                        if ".lora_B." in name:
+                            learned[name] = learned.get(name, False) or moved
                 hashes[shard.file] = writer.sha256()
         _check_learned(plan.manifest, learned)
         if plan.manifest.method == "full":
@@ -308,44 +313,44 @@ def _read_from(tensor: ArchiveTensor, at: int, start: int, numel: int) -> np.nda
     return to_float32(tensor.read(at + start, numel), tensor.dtype)
 
 
-def _write_tensor(
-    plan: Plan,
-    tensor: TensorSpec,
-    pieces: dict[str, list[Piece]],
-    writer: SafetensorsWriter,
-    pool: ThreadPoolExecutor,
-    learned: dict[str, bool],
-) -> None:
-    """Append one tensor; `learned` gets, for a lora_B, whether it holds anything but zeros."""
-    if tensor.name in plan.untrained:
-        kept = plan.untrained[tensor.name]
-        with TensorFile(kept.path) as file:
-            if kept.entry.dtype == tensor.dtype:
-                writer.copy(tensor.name, file, kept.entry)
-            else:
-                for piece in converted(file, tensor.name, tensor.dtype):
-                    writer.write(tensor.name, piece)
-        return
-    parameter = plan.parameters[tensor.name]
-    watch = ".lora_B." in tensor.name
+@dataclass(frozen=True)
+class _Work:
+    """Some elements of one tensor, from where they lie to how they are written."""
 
-    def rounded(place: tuple[Callable[[int, int], np.ndarray], int, int]) -> tuple[np.ndarray, bool]:
-        read, start, numel = place
-        master = read(start, numel)
-        values = from_float32(master, tensor.dtype)
-        if not all_finite(values, tensor.dtype):
-            raise _not_finite(parameter, master, plan)
-        return values, watch and bool(master.any())
+    tensor: TensorSpec
+    read: Callable[[int, int], np.ndarray]
+    start: int
+    numel: int
+    parameter: str | None
+    """Name of the trained parameter, whose values are fp32; None for a tensor of the base, which is copied as it is stored."""
+    plan: Plan
 
-    places = (
-        (read, start, min(CHUNK, numel - start))
-        for _, numel, read in pieces[parameter]
-        for start in range(0, numel, CHUNK)
-    )
-    for values, moved in in_order(pool, rounded, places):
-        writer.write(tensor.name, values)
-        if watch:
-            learned[tensor.name] = learned.get(tensor.name, False) or moved
+    def done(self) -> tuple[str, np.ndarray, bool]:
+        """(Tensor, its elements as stored, whether one of them is not zero)."""
+        values = self.read(self.start, self.numel)
+        if self.parameter is None:
+            return self.tensor.name, values, False
+        rounded = from_float32(values, self.tensor.dtype)
+        if not all_finite(rounded, self.tensor.dtype):
+            raise _not_finite(self.parameter, values, self.plan)
+        return self.tensor.name, rounded, ".lora_B." in self.tensor.name and bool(values.any())
+
+
+def _work(plan: Plan, shard: Shard, pieces: dict[str, list[Piece]], files: dict[Path, TensorFile]) -> Iterator[_Work]:
+    """All of a file, in order."""
+    for tensor in shard.tensors:
+        parameter = plan.parameters.get(tensor.name)
+        if parameter is not None:
+            places = pieces[parameter]
+        else:
+            kept = plan.untrained[tensor.name]
+            read: Callable[[int, int], np.ndarray] = functools.partial(files[kept.path].read, tensor.name)
+            if kept.entry.dtype != tensor.dtype:
+                read = functools.partial(read_as, files[kept.path], tensor.name, tensor.dtype)
+            places = [(0, kept.entry.numel, read)]
+        for _, numel, read in places:
+            for start in range(0, numel, CHUNK):
+                yield _Work(tensor, read, start, min(CHUNK, numel - start), parameter, plan)
 
 
 def _not_finite(parameter: str, master: np.ndarray, plan: Plan) -> TrainError:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,22 @@ from .checkpoint_format import DTYPES
 from .disk import new_folder, refuse_existing, require_space, write_json
 from .lora_adapter import Adapter, read_adapter
 from .merge_plan import Plan, Source, make_plan
-from .merge_sum import Factors, Rows, merged, product_of
+from .merge_sum import Factors, Product, Rows, merged, product_of
 from .model_folder import OWN_TEMPLATE, copy_companions, has_tokenizer, read_config, write_config
 from .nf4 import Nf4, weights_of_folder
 from .spec import ModelSpec, TrainError
-from .tensor_files import STORED_DTYPES, SafetensorsWriter, TensorFile, converted, parse_size, to_float32, write_index
+from .tensor_files import (
+    CHUNK,
+    STORED_DTYPES,
+    SafetensorsWriter,
+    Shard,
+    TensorFile,
+    in_order,
+    parse_size,
+    read_as,
+    to_float32,
+    write_index,
+)
 
 REPORT = "merge_report.json"
 
@@ -137,18 +151,14 @@ def write(plan: Plan, folder: Path, template: str = OWN_TEMPLATE, nf4: Nf4 | Non
         factors = Factors(files)
         for shard in plan.shards:
             with SafetensorsWriter(folder / shard.file, shard.tensors) as writer:
-                for tensor in shard.tensors:
-                    source = plan.sources[tensor.name]
-                    file = files[source.stored.path]
-                    if source.updates or source.quantised:
-                        read = _rows_of(source, file, nf4)
-                        for rows in merged(tensor, read, source.updates, factors, pool, product):
-                            writer.write(tensor.name, rows)
-                    elif source.stored.entry.dtype == tensor.dtype:
-                        writer.copy(tensor.name, file, source.stored.entry)
+                # Over all tensors at once: a pause at the end of each would leave the processor idle.
+                work = _work(plan, shard, files, nf4, factors, pool, product)
+                for name, values in in_order(pool, _done, work):
+                    source = plan.sources[name]
+                    if values is None:
+                        writer.copy(name, files[source.stored.path], source.stored.entry)
                     else:
-                        for piece in converted(file, source.name, tensor.dtype):
-                            writer.write(tensor.name, piece)
+                        writer.write(name, values)
     write_index(folder, plan.shards)
     write_config(plan.config, folder, plan.dtype)
     copy_companions(plan.base, folder, template, [adapter.path.parent for adapter in plan.adapters])
@@ -163,6 +173,40 @@ def write(plan: Plan, folder: Path, template: str = OWN_TEMPLATE, nf4: Nf4 | Non
         "bytes": plan.nbytes,
         "verified": None,
     }
+
+
+Work = tuple[str, Callable[[], np.ndarray] | None]
+"""A tensor, and what computes its next piece; None: it is copied whole."""
+
+
+def _work(
+    plan: Plan,
+    shard: Shard,
+    files: dict[Path, TensorFile],
+    nf4: Nf4 | None,
+    factors: Factors,
+    pool: ThreadPoolExecutor,
+    product: Product,
+) -> Iterator[Work]:
+    """All of a file, in order."""
+    for tensor in shard.tensors:
+        source = plan.sources[tensor.name]
+        file, entry = files[source.stored.path], source.stored.entry
+        if source.updates or source.quantised:
+            read = _rows_of(source, file, nf4)
+            for compute in merged(tensor, read, source.updates, factors, pool, product):
+                yield tensor.name, compute
+        elif entry.dtype == tensor.dtype:
+            yield tensor.name, None
+        else:
+            for start in range(0, entry.numel, CHUNK):
+                size = min(CHUNK, entry.numel - start)
+                yield tensor.name, functools.partial(read_as, file, source.name, tensor.dtype, start, size)
+
+
+def _done(work: Work) -> tuple[str, np.ndarray | None]:
+    name, compute = work
+    return name, None if compute is None else compute()
 
 
 def _rows_of(source: Source, file: TensorFile, nf4: Nf4 | None) -> Rows:

@@ -127,15 +127,19 @@ def merged(
     factors: Factors,
     pool: ThreadPoolExecutor,
     product: Product,
-) -> Iterator[np.ndarray]:
-    """Pieces of the merged weight in order, as stored. Raises TrainError when a value is not finite in that dtype."""
+) -> Iterator[Callable[[], np.ndarray]]:
+    """What computes the pieces of the merged weight, in order, as stored; each may be called by any thread.
+
+    Calling one raises TrainError when a value is not finite in that dtype.
+    """
     num_rows, num_columns = tensor.shape[-2:]
     blocks = row_blocks(num_rows, num_columns)
     for number in range(tensor.shape[0] if len(tensor.shape) == 3 else 1):
         terms = [_Term.of(update, factors) for update in updates if update.matrix == number]
         matrix = _Matrix(tensor, number, read, terms, product)
         scales = matrix.column_scales(blocks, pool)
-        yield from in_order(pool, functools.partial(matrix.stored, scales), blocks)
+        for block in blocks:
+            yield functools.partial(matrix.stored, scales, block)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ CHUNK = 2**18
 COPY_BYTES = 2**26
 WRITTEN_BYTES = 2**22
 """Written by one call of the system."""
+FLUSHED_BYTES = 2**26
+"""Written before the disk is asked, in a thread, to take them: at the end little is left to wait for."""
 HASHED_AHEAD = 16
 """Pieces that may be written before the first of them is hashed."""
 AHEAD = 16
@@ -119,7 +121,10 @@ class SafetensorsWriter:
         self._digest = hashlib.sha256() if hashed else None
         self._hasher = ThreadPoolExecutor(1) if hashed else None
         self._unhashed: deque[Future[None]] = deque()
-        self._left = [(tensor.name, tensor.nbytes) for tensor in reversed(tensors)]
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
+        self._left = [(tensor.name, tensor.nbytes) for tensor in reversed(tensors) if tensor.nbytes]
         header = pack_header(tensors, metadata or {"format": "pt"})
         with self._writing():
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -135,8 +140,11 @@ class SafetensorsWriter:
             if error is None:
                 assert not self._left, f"{self.path}: not written: {self._left[-1][0]}"
                 with self._writing():
+                    if self._flushing is not None:
+                        self._flushing.result()
                     os.fsync(self._fd)
         finally:
+            self._flusher.shutdown()
             if self._hasher is not None:
                 self._hasher.shutdown()
             os.close(self._fd)
@@ -155,6 +163,7 @@ class SafetensorsWriter:
             if size == 0:
                 raise TrainError(f"{source.path}: ends at byte {at} while it is being read")
             at += size
+            self._flush_behind()
 
     def _copy_range(self, source: TensorFile, offset: int, size: int) -> int:
         try:
@@ -169,6 +178,9 @@ class SafetensorsWriter:
         return len(buffer)
 
     def _account(self, name: str, size: int) -> None:
+        self._unflushed += size
+        if size == 0:
+            return
         expected, left = self._left[-1]
         assert (name, size <= left) == (expected, True), (
             f"{self.path}: {size} bytes of {name}, not {left} of {expected}"
@@ -192,6 +204,17 @@ class SafetensorsWriter:
             with self._writing():
                 size = os.write(self._fd, data[:WRITTEN_BYTES])
             data = data[size:]
+        self._flush_behind()
+
+    def _flush_behind(self) -> None:
+        if self._unflushed < FLUSHED_BYTES or (self._flushing is not None and not self._flushing.done()):
+            return
+        with self._writing():
+            if self._flushing is not None:
+                # The kernel tells of a failed write once: it must not be lost.
+                self._flushing.result()
+            self._flushing = self._flusher.submit(os.fdatasync, self._fd)
+        self._unflushed = 0
 
     def _writing(self) -> Any:
         return writing(self.path, _KEPT)
@@ -241,15 +264,13 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def converted(source: TensorFile, name: str, dtype: str) -> Iterator[np.ndarray]:
-    """Pieces of a float tensor, rounded to `dtype`. Raises TrainError when a value is not finite there."""
-    entry = source.entries[name]
-    for at in range(0, max(1, entry.numel), CHUNK):
-        piece = source.read(name, at, min(CHUNK, entry.numel - at))
-        out = from_float32(to_float32(piece, entry.dtype), dtype)
-        if not all_finite(out, dtype):
-            raise TrainError(f"{source.path}: {name} holds a value that is not finite as {dtype}", _finite_hint(dtype))
-        yield out
+def read_as(source: TensorFile, name: str, dtype: str, start: int, numel: int) -> np.ndarray:
+    """Elements of a float tensor, rounded to `dtype`. Raises TrainError when a value is not finite there."""
+    piece = source.read(name, start, numel)
+    out = from_float32(to_float32(piece, source.entries[name].dtype), dtype)
+    if not all_finite(out, dtype):
+        raise TrainError(f"{source.path}: {name} holds a value that is not finite as {dtype}", _finite_hint(dtype))
+    return out
 
 
 def _finite_hint(dtype: str) -> str:
