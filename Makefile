@@ -56,6 +56,10 @@ matrix: install
 bench: install
 	@$(BIN)/python -m benchmarks.run $(BENCH)
 
+# Consolidating and merging; SMOLLM2 is the model folder that a demo run's prepared.json names.
+bench-artefacts: install
+	@$(BIN)/python -m benchmarks.artefacts --smollm2 $(SMOLLM2) $(BENCH)
+
 check: install
 	@$(BIN)/ruff format --check launcher cluster trainer benchmarks tests
 	$(BIN)/ruff check launcher cluster trainer benchmarks tests
@@ -66,4 +70,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test test-cluster matrix bench check clean
+.PHONY: help install demo test test-cluster chaos matrix bench bench-artefacts check clean
