@@ -66,7 +66,7 @@ def merge(target: str, out: Path | None, others: list[str], weight: float, proof
     """
     found = _find(target)
     adapters = [(_adapter_of(found), weight), *(_weighted(text) for text in others)]
-    arguments = [part for adapter, factor in adapters for part in ("--adapter", str(adapter), "--weight", repr(factor))]
+    arguments = [part for adapter, factor in adapters for part in ("--adapter", str(adapter), f"--weight={factor!r}")]
     if isinstance(found, RunDir):
         default = found.merged
         spec = read_json(found.plan)["spec"]
@@ -78,7 +78,7 @@ def merge(target: str, out: Path | None, others: list[str], weight: float, proof
     else:
         default = found.parent / f"{found.name}-merged"
         base = options["base"] or _base_named_by(found / "adapter_config.json")
-    options = {**options, **_base_flags(base)}
+    options = {**options, **_base_flags(base, given=options["base"] is not None)}
     arguments += [] if proof else ["--no-proof"]
     arguments += ["--out", _out(out, default), *_flags(options)]
     return _run_stage("merge", arguments, on_gpu=options["device"] == "cuda")
@@ -97,7 +97,7 @@ def _adapter_of(found: RunDir | Path) -> Path:
 def _base_named_by(config: Path) -> str | None:
     try:
         named = read_json(config)["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         # The stage reads it again, and says what is wrong with it.
         return None
     return named if isinstance(named, str) else None
@@ -114,19 +114,28 @@ def _weighted(text: str) -> tuple[Path, float]:
         raise LaunchError(f"--add {text}: {number!r} is not a number", "Write ADAPTER=0.5, or ADAPTER alone.") from None
 
 
-def _base_flags(base: Any) -> dict[str, Any]:
-    """Flags for a base as a recipe's model.source may name it: a folder, a GGUF file, a package, a Hub id."""
+def _base_flags(base: str | None, given: bool) -> dict[str, Any]:
+    """Flags for a base as a recipe's model.source may name it: a folder, a GGUF file, a package, a Hub id.
+
+    `given` on the command line; otherwise the adapter names it, and a stranger's adapter may only name a model of the Hub.
+    """
     from .model_source import resolve_source
     from .start import cache_dir
 
     # A folder's own shortcomings are told by the stage, which knows what it needs of it.
-    if not isinstance(base, str) or Path(base).is_dir():
+    if base is None or os.path.isdir(base):
         return {"base": base}
-    ref = resolve_source(base, Path.cwd())
+    said = f"--base {base}" if given else f"the adapter's base {base[:200]!r}"
+    hint = "Give the model that it was trained on: --base FOLDER, FILE.gguf, package:NAME/FILE or ORG/NAME."
+    try:
+        if len(base) > 200 or (not given and ":" in base):
+            raise LaunchError("is no model of the Hub")
+        ref = resolve_source(base, Path.cwd())
+    except LaunchError as e:
+        reason = e.message.partition(": ")[2] or e.message
+        raise LaunchError(f"{said} is not here: {reason}", hint) from e
     if ref.kind == "random":
-        raise LaunchError(
-            f"--base {base}: random weights are no base of an adapter", "Give the model it was trained on."
-        )
+        raise LaunchError(f"{said}: random weights are no base of an adapter", hint)
     return {"base": ref.location, "base-kind": ref.kind, "cache-dir": cache_dir()}
 
 

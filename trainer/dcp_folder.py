@@ -8,10 +8,11 @@ Layout: torch/distributed/checkpoint/metadata.py and filesystem.py (torch 2.13).
 
 from __future__ import annotations
 
-import collections
+import io
 import math
 import pickle
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,20 @@ from .disk import regular_size
 from .foreign import ForeignCheckpoint, Given, Known, Slice, common_dtype, describe, home_of, step_in_name
 from .spec import TrainError
 from .tensor_header import FLOAT_DTYPES, is_printable_name
-from .torch_archive import DAMAGE, MAX_PICKLE_BYTES, ArchiveTensor, Inert, read_archive, refused
+from .torch_archive import (
+    BUILDERS,
+    DAMAGE,
+    MAX_PICKLE_BYTES,
+    ArchiveTensor,
+    Inert,
+    check_opcodes,
+    read_archive,
+    refused,
+)
 
 METADATA = ".metadata"
+MAX_RUNS = 2**18
+"""Runs of contiguous elements that one chunk may consist of: more rows than any vocabulary has."""
 NOT_WEIGHTS = ("optim", "optimizer", "optimizers", "lr_scheduler", "scheduler", "train_state", "dataloader", "state")
 """Parts of a checkpoint beside the model."""
 
@@ -61,8 +73,8 @@ class _RecordReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("torch.distributed.checkpoint.") and name in RECORDS:
             return RECORDS[name]
-        if (module, name) in (("torch", "Size"), ("builtins", "set"), ("collections", "OrderedDict")):
-            return {"Size": tuple, "set": set, "OrderedDict": collections.OrderedDict}[name]
+        if (module, name) in (("torch", "Size"), ("collections", "OrderedDict")):
+            return BUILDERS[f"{module}.{name}"]
         if INERT_RECORDS.fullmatch(f"{module}.{name}"):
             return Inert
         raise refused(self.path, f"{module}.{name}")
@@ -73,8 +85,9 @@ def _read_records(path: Path) -> Record:
     try:
         if regular_size(path) > MAX_PICKLE_BYTES:
             raise TrainError(f"{path}: more than {MAX_PICKLE_BYTES} bytes of description")
-        with path.open("rb") as file:
-            found = _RecordReader(file, path).load()
+        content = path.read_bytes()
+        check_opcodes(content, path)
+        found = _RecordReader(io.BytesIO(content), path).load()
     except OSError as e:
         raise TrainError(f"{path}: cannot be read: {e.strerror or e}") from e
     except TrainError:
@@ -100,6 +113,8 @@ def read(folder: Path, given: Given) -> ForeignCheckpoint:
         if name is None or not isinstance(kind, Record) or kind.kind != "TensorStorageMetadata":
             continue
         shape = _sizes(kind.fields.get("size"), path)
+        if name in shapes:
+            raise TrainError(f"{path}: two parts of the checkpoint hold {name}", "Save the model alone.")
         if math.prod(shape):
             shapes[name], slices[name] = shape, _chunks(key, kind, shape, places, path)
     tensors = {name: pieces[0][1] for name, pieces in slices.items()}
@@ -143,19 +158,21 @@ def _places(storage: dict[Any, Any], folder: Path) -> dict[tuple[str, tuple[int,
             raise TrainError(f"{folder / METADATA}: storage_data is not a map of places")
         name, at, length = (info.fields.get(key) for key in ("relative_path", "offset", "length"))
         if not isinstance(name, str) or Path(name).name != name or not is_printable_name(name):
-            raise TrainError(f"{folder / METADATA}: names {str(name)[:80]!r}, which is no file beside it")
+            raise TrainError(f"{folder / METADATA}: names {reprlib.repr(name)}, which is no file beside it")
         if type(at) is not int or type(length) is not int or at < 0 or length < 0:
-            raise TrainError(f"{folder / METADATA}: place {str((at, length))[:80]} in {name}")
+            raise TrainError(f"{folder / METADATA}: place {reprlib.repr((at, length))} in {name}")
         if info.fields.get("transform_descriptors"):
             raise TrainError(f"{folder / name}: is compressed or encrypted", "Save it again without extensions.")
-        offset = index.fields.get("offset")
-        places[(str(index.fields.get("fqn")), tuple(offset) if offset else ())] = (folder / name, at, length)
+        key, offset = index.fields.get("fqn"), index.fields.get("offset")
+        if not isinstance(key, str) or not isinstance(offset, tuple | None):
+            raise TrainError(f"{folder / METADATA}: storage_data is not a map of places")
+        places[key, _sizes(offset or (), folder / METADATA)] = (folder / name, at, length)
     return places
 
 
 def _sizes(value: Any, path: Path) -> tuple[int, ...]:
     if not isinstance(value, tuple) or len(value) > 64 or not all(type(n) is int and n >= 0 for n in value):
-        raise TrainError(f"{path}: shape {str(value)[:80]}")
+        raise TrainError(f"{path}: shape {reprlib.repr(value)}")
     return value
 
 
@@ -168,7 +185,8 @@ def _chunks(
 ) -> list[Slice]:
     """Where the elements of one tensor lie. Raises TrainError when chunks do not make up the whole of it."""
     pieces: list[Slice] = []
-    for chunk in kind.fields.get("chunks") or ():
+    chunks = kind.fields.get("chunks")
+    for chunk in chunks if isinstance(chunks, list) else ():
         if not isinstance(chunk, Record):
             raise TrainError(f"{path}: chunks of {key}")
         offsets, sizes = (_sizes(chunk.fields.get(name), path) for name in ("offsets", "sizes"))
@@ -185,6 +203,7 @@ def _chunks(
     at = 0
     for start, _, _, numel in pieces:
         if start != at:
+            at = -1
             break
         at += numel
     if at != math.prod(shape):
@@ -199,6 +218,11 @@ def _runs(tensor: ArchiveTensor, offsets: Sequence[int], sizes: Sequence[int], s
         inner -= 1
     # Dimensions behind `inner` are whole; those before it are walked through.
     length = math.prod(sizes[inner:])
+    if math.prod(sizes[:inner]) > MAX_RUNS:
+        raise TrainError(
+            f"{tensor.path}: a tensor {list(shape)} is cut across its rows, into more than {MAX_RUNS} runs",
+            "Save it sharded along the first dimension, as FSDP does.",
+        )
     runs: list[Slice] = []
     for number in range(math.prod(sizes[:inner])):
         start, left = 0, number

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,9 @@ def _grouped(
         parts = [flat[number] for flat in flats]
         # zero_optimization.parameter_alignment: room behind each parameter.
         paddings = optimizers[0].get("param_alignment_paddings")
-        room = paddings[number] if isinstance(paddings, list) else [0] * len(group)
+        room = paddings[number] if isinstance(paddings, list) and number < len(paddings) else [0] * len(group)
+        if not isinstance(room, list) or len(room) != len(group) or not all(type(n) is int and n >= 0 for n in room):
+            raise TrainError(f"{files[0]}: param_alignment_paddings {reprlib.repr(room)}")
         at = 0
         for (name, shape), padding in zip(group.items(), room, strict=True):
             slices[name] = _cut(parts, at, math.prod(shape), name, files[0].parent)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from .spec import TrainError
 from .tensor_header import TensorEntry
 
+STORED_IN_OUT = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
+"""model_type of the models whose joined experts are (experts, in, out); all others store (experts, out, in)."""
 REGISTERED = ("gate_up_proj", "down_proj")
 """In the order of the model's code, by which PEFT nests the adapters of one module: the first is innermost."""
 SEPARATE = {
@@ -43,6 +45,7 @@ def expert_places(
     lora_b: tuple[int, ...],
     rank: int,
     base: Mapping[str, TensorEntry],
+    model_type: str,
 ) -> list[Place]:
     """Every matrix that the adapter of `parameter` of `module` changes.
 
@@ -54,7 +57,7 @@ def expert_places(
     num_experts = lora_a[0] // rank
     joined = f"{module}.{parameter}"
     if joined in base:
-        return _joined(module, parameter, num_experts, (lora_b[0], lora_a[1]), base)
+        return _joined(joined, num_experts, (lora_b[0], lora_a[1]), base[joined].shape, model_type)
     for names in SEPARATE.get(parameter, ()):
         for folder in dict.fromkeys((module, module.replace(".mlp.", ".block_sparse_moe."))):
             if f"{folder}.0.{names[0]}.weight" in base:
@@ -64,8 +67,8 @@ def expert_places(
 
 def adapted_parameter(module: str, depth: int, parameters: list[str]) -> str:
     """Which of target_parameters an adapter of `module` belongs to, around which stand `depth` others. Raises TrainError."""
-    named = {parameter.rpartition(".")[2]: parameter.rpartition(".")[0] for parameter in parameters}
-    here = [name for name, owner in named.items() if not owner or f".{module}".endswith(f".{owner}")]
+    named = [(parameter.rpartition(".")[0], parameter.rpartition(".")[2]) for parameter in parameters]
+    here = list(dict.fromkeys(name for owner, name in named if not owner or f".{module}".endswith(f".{owner}")))
     unknown = [name for name in here if name not in REGISTERED]
     if len(here) == 1 and depth == 0:
         return here[0]
@@ -75,19 +78,14 @@ def adapted_parameter(module: str, depth: int, parameters: list[str]) -> str:
 
 
 def _joined(
-    module: str, parameter: str, num_experts: int, update: tuple[int, int], base: Mapping[str, TensorEntry]
+    weight: str, num_experts: int, update: tuple[int, int], shape: tuple[int, ...], model_type: str
 ) -> list[Place]:
-    weight = f"{module}.{parameter}"
-    shape = base[weight].shape
     if len(shape) == 2 and num_experts == 1:
         return [Place(weight, 0, 0, 1, None, transposed=False)]
     if len(shape) != 3 or shape[0] != num_experts:
         raise TrainError(f"{weight} of the base is {list(shape)}, the adapter has {num_experts} experts")
-    transposed = shape[1:] != update
-    if shape[1] == shape[2]:
-        # gpt-oss stores (in, out) and has a square down_proj: the layer before it, which is wider, says which it is.
-        wide = base.get(f"{module}.{REGISTERED[0]}")
-        transposed = wide is not None and len(wide.shape) == 3 and wide.shape[2] > wide.shape[1]
+    is_square = shape[1] == shape[2]
+    transposed = model_type in STORED_IN_OUT if is_square else shape[1:] != update
     return [Place(weight, n, n, num_experts, None, transposed) for n in range(num_experts)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 PREFIXES = ("module.", "llm.", "_orig_mod.", "_fsdp_wrapped_module.")
 """Of wrappers around the language model: DeepSpeed's and DDP's, XTuner's, torch.compile's, FSDP's."""
 ADAPTER_PREFIX = "base_model.model."
+MAX_PROGRAM_CHARACTERS = 2**20
 RECIPE_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 Slice = tuple[int, ArchiveTensor, int, int]
@@ -97,18 +99,23 @@ def describe(
     notes: tuple[str, ...] = ()
     config = None
     names = plain_names(shapes)
+    _refuse_equal_names(names)
     is_adapter = any(".lora_A." in name for name in names.values())
     base = known.given.base or (home if home is not None and (home / "config.json").is_file() else None)
     settings = _program_settings(known.program)
-    if base is None and (path := settings.get("base")) and Path(str(path)).is_dir():
+    if base is None and (path := settings.get("base")) and os.path.isdir(str(path)):
         base = Path(str(path)).absolute()
     if is_adapter:
-        others = [short for short in names.values() if not is_adapter_weight(short)]
-        names = {name: short for name, short in names.items() if is_adapter_weight(short)}
+        names, others = _of_adapter(names)
         trained = {short: shapes[name] for name, short in names.items()}
         config, notes = _adapter_config(known, settings, trained)
         if others:
-            notes += (f"left out: {len(others)} weights that are not the adapter's, such as {others[0]}",)
+            if config.get("bias", "none") != "none":
+                raise TrainError(
+                    f"bias {config['bias']!r}: which biases were trained cannot be told from those of the base",
+                    "Save the adapter with PEFT's save_pretrained().",
+                )
+            notes += (f"left out: {len(others)} weights of the base, such as {others[0]}",)
     elif base is not None:
         names = _names_in(base, names)
     wrapper = next((long.removesuffix(short) for long, short in names.items() if long != short), "")
@@ -151,9 +158,27 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return plain
 
 
-def is_adapter_weight(name: str) -> bool:
-    """Whether a weight of a PeftModel is its adapter's, not its base's."""
-    return name.startswith(ADAPTER_PREFIX) and (".lora_" in name or ".modules_to_save." in name)
+def _refuse_equal_names(names: dict[str, str]) -> None:
+    """Raises TrainError when two weights of the checkpoint would be one of the model."""
+    seen: dict[str, str] = {}
+    for name, short in names.items():
+        if short in seen:
+            raise TrainError(
+                f"{seen[short]} and {name} are both called {short} in the model: which of them is meant is not known",
+                "Save the model alone.",
+            )
+        seen[short] = name
+
+
+def _of_adapter(names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """(The adapter's weights, those of the base). Where the checkpoint holds the whole PeftModel, it holds base layers too.
+
+    Otherwise all that is there was trained, and nothing is left out.
+    """
+    if not any(".base_layer." in short for short in names.values()):
+        return names, []
+    own = {n: s for n, s in names.items() if ".lora_" in s or ".modules_to_save." in s}
+    return own, [short for name, short in names.items() if name not in own]
 
 
 def _names_in(base: Path, names: dict[str, str]) -> dict[str, str]:
@@ -175,7 +200,9 @@ def _adapter_config(
     """(adapter_config, what was inferred). Raises TrainError when lora_alpha is nowhere."""
     if known.home is not None and (known.home / ADAPTER_CONFIG).is_file():
         return read_json(known.home / ADAPTER_CONFIG), ()
-    layers = {name.partition(".lora_A.")[0]: shape[0] for name, shape in parameters.items() if ".lora_A." in name}
+    layers = {n.partition(".lora_A.")[0]: s[0] for n, s in parameters.items() if ".lora_A." in n and s}
+    if not layers or not all(name.startswith(ADAPTER_PREFIX) for name in layers):
+        raise TrainError(f"{next(iter(parameters))}: is not named as PEFT names the weights of an adapter")
     rank = Counter(layers.values()).most_common(1)[0][0]
     others = {layer.removeprefix(ADAPTER_PREFIX): r for layer, r in layers.items() if r != rank}
     targets = sorted({layer.rpartition(".")[2] for layer in layers})
@@ -206,11 +233,11 @@ def _adapter_config(
 
 def _program_settings(text: str) -> dict[str, Any]:
     """lora_alpha and base model that an XTuner config names; read as text, never run. Nothing for other text."""
-    found: dict[str, Any] = {}
+    found: dict[str, set[Any]] = {"lora_alpha": set(), "base": set()}
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(text if len(text) < MAX_PROGRAM_CHARACTERS else "")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return found
+        return {}
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg in ("lora_alpha", "pretrained_model_name_or_path"):
             name, value = str(node.arg), node.value
@@ -221,10 +248,11 @@ def _program_settings(text: str) -> dict[str, Any]:
         if not isinstance(value, ast.Constant):
             continue
         if name == "lora_alpha" and isinstance(value.value, int | float) and 0 < value.value < math.inf:
-            found.setdefault("lora_alpha", value.value)
+            found["lora_alpha"].add(value.value)
         if name == "pretrained_model_name_or_path" and isinstance(value.value, str):
-            found.setdefault("base", value.value)
-    return found
+            found["base"].add(value.value)
+    # Two values mean two adapters, or two models: then somebody has to say which is meant.
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
 def step_in_name(path: Path) -> int:

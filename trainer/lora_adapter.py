@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,9 @@ WITHOUT_EFFECT = (
 UNCHANGED_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA subtract from it."""
 
+SIMPLE_PATTERN = re.compile(r"(?:\\d\+|\\\.|\.\*|[\w\-.|^$])+")
+MAX_WILDCARDS = 3
+"""Of rank_pattern and alpha_pattern: other expressions, or more wildcards, could take for ever to match."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<suffix>\.weight)?")
 MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 
@@ -139,8 +143,8 @@ def _refuse_other_formulas(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def changes_of(adapter: Adapter, base: Mapping[str, TensorEntry]) -> Changes:
-    """What the adapter does to the weights of `base`. Raises TrainError listing every tensor that has no place, and every misfit."""
+def changes_of(adapter: Adapter, base: Mapping[str, TensorEntry], model_type: str = "") -> Changes:
+    """What the adapter does to the weights of `base`. `model_type`: of its config. Raises TrainError listing every tensor that has no place, and every misfit."""
     problems: list[str] = []
     changes = Changes()
     factors: dict[str, dict[str, str]] = {}
@@ -157,7 +161,7 @@ def changes_of(adapter: Adapter, base: Mapping[str, TensorEntry]) -> Changes:
             continue
         problems += _replace(adapter, name, base, changes)
     for module, names in factors.items():
-        problems += _add(adapter, module, names, base, changes)
+        problems += _add(adapter, module, names, base, changes, model_type)
     if problems:
         shown = "\n".join(problems[:50]) + (f"\nand {len(problems) - 50} more" if len(problems) > 50 else "")
         raise TrainError(
@@ -190,7 +194,12 @@ def _replace(adapter: Adapter, name: str, base: Mapping[str, TensorEntry], chang
 
 
 def _add(
-    adapter: Adapter, module: str, names: dict[str, str], base: Mapping[str, TensorEntry], changes: Changes
+    adapter: Adapter,
+    module: str,
+    names: dict[str, str],
+    base: Mapping[str, TensorEntry],
+    changes: Changes,
+    model_type: str,
 ) -> list[str]:
     """Plan the factors of one module. Returns what is wrong with them."""
     halves = [names[half] for half in ("A", "B") if half in names]
@@ -203,7 +212,7 @@ def _add(
         ]
     try:
         problems = []
-        for target, update in _updates(adapter, module, names, base):
+        for target, update in _updates(adapter, module, names, base, model_type):
             if problem := _misfit(adapter, update, target, base, changes):
                 problems.append(f"{names['A']}: {problem}")
             else:
@@ -214,7 +223,7 @@ def _add(
 
 
 def _updates(
-    adapter: Adapter, raw: str, names: dict[str, str], base: Mapping[str, TensorEntry]
+    adapter: Adapter, raw: str, names: dict[str, str], base: Mapping[str, TensorEntry], model_type: str
 ) -> list[tuple[str, Update]]:
     """(Weight of the base, what is added) of one module's factors: one, or one for each expert."""
     module = raw.replace(".base_layer", "")
@@ -225,6 +234,8 @@ def _updates(
         parameter = adapted_parameter(module, raw.count(".base_layer"), parameters)
     adapted = f"{module}.{parameter}".rstrip(".")
     rank = _pattern_value(config.get("rank_pattern"), adapted, config["r"])
+    if rank != int(rank):
+        raise TrainError(f"rank_pattern gives {rank}, expected a whole number")
     alpha = _pattern_value(config.get("alpha_pattern"), adapted, config["lora_alpha"])
     update = Update(
         file=adapter.path,
@@ -250,19 +261,19 @@ def _updates(
                 rows=place.rows,
             ),
         )
-        for place in expert_places(module, parameter, a, b, update.rank, base)
+        for place in expert_places(module, parameter, a, b, update.rank, base, model_type)
     ]
 
 
 def _pattern_value(patterns: dict[str, Any] | None, module: str, default: float) -> float:
     """The value of the first pattern that matches the end of the module's name (peft: get_pattern_key)."""
     for pattern, value in (patterns or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as e:
-            raise TrainError(f"pattern {pattern!r} is not a regular expression: {e}") from e
-        if found:
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not SIMPLE_PATTERN.fullmatch(pattern) or pattern.count(".*") > MAX_WILDCARDS or len(pattern) > 500:
+            raise TrainError(
+                f"pattern {reprlib.repr(pattern)}: only names, dots, `\\\\d+`, `|` and up to {MAX_WILDCARDS} `.*` are understood"
+            )
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
                 raise TrainError(f"pattern {pattern!r} gives {value!r}, expected a number above 0")
             return value
     return default

@@ -130,11 +130,11 @@ def _base_folder(args: argparse.Namespace, adapter: Adapter) -> Path:
             ModelSpec(args.base, args.base_kind, args.base, "main", "bf16", args.trust_remote_code, args.cache_dir)
         )
     if args.base is not None:
-        if not Path(args.base).is_dir():
+        if not os.path.isdir(args.base):
             raise TrainError(f"--base {args.base} is not a folder", "Give a Hugging Face model folder.")
         return Path(args.base).absolute()
     named = adapter.config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not Path(named).is_dir():
+    if not isinstance(named, str) or not os.path.isdir(named):
         raise TrainError(
             f"the adapter's base {named!r} is not a folder of this machine", "Give its model folder by --base FOLDER."
         )

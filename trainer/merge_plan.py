@@ -71,12 +71,16 @@ def make_plan(
             f"{base} is quantised ({packed[0]} is {stored[packed[0]].entry.dtype})",
             "Give the original model by --base.",
         )
+    if unknown := sorted(quantised - stored.keys()):
+        raise TrainError(
+            f"{base} holds no {unknown[0]}, which NF4 would round", "Its names are others: use --base-precision bf16."
+        )
     sources = {name: Source(tensor, name, quantised=name in quantised) for name, tensor in stored.items()}
     tie = _Tie.of(config, sources)
     if tie is not None:
         sources.setdefault(tie.head, sources[tie.embedding])
     for adapter in adapters:
-        _apply(adapter, sources)
+        _apply(adapter, sources, str(config.get("model_type", "")))
     if tie is not None and not tie.settle(sources, stored):
         config = _with(config, TIED, False)
     vocabulary = _new_vocabulary(sources, stored)
@@ -98,8 +102,13 @@ def make_plan(
     return Plan(base, config, tuple(adapters), sources, shards, as_stored, num_changed, vocabulary, notes)
 
 
-def _apply(adapter: Adapter, sources: dict[str, Source]) -> None:
-    changes = changes_of(adapter, {name: source.stored.entry for name, source in sources.items()})
+def _apply(adapter: Adapter, sources: dict[str, Source], model_type: str) -> None:
+    changes = changes_of(adapter, {name: source.stored.entry for name, source in sources.items()}, model_type)
+    if changes.replaced and adapter.weight != 1:
+        raise TrainError(
+            f"{adapter.path} brings {next(iter(changes.replaced))} whole, which cannot be weighted by {adapter.weight:g}",
+            "Merge it with weight 1.",
+        )
     for target, name in changes.replaced.items():
         if sources[target].updates or sources[target].stored.path.name == adapter.path.name:
             raise TrainError(
@@ -134,8 +143,12 @@ class _Tie:
         embeddings = [name for name in sources if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS]
         if len(embeddings) != 1:
             return None
+        stored_head = next((name for name in heads if name.endswith(".weight")), None)
+        if stored_head is not None and not _same(sources[embeddings[0]], sources[stored_head]):
+            # transformers does not tie them then, whatever the config says.
+            return None
         head = "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
-        return cls(embeddings[0], next((name for name in heads if name.endswith(".weight")), head))
+        return cls(embeddings[0], stored_head or head)
 
     def settle(self, sources: dict[str, Source], stored: dict[str, StoredTensor]) -> bool:
         """Whether both are still one weight; then the head is stored only where the base stores it."""
@@ -144,7 +157,7 @@ class _Tie:
         if untouched and embedding == Source(stored[self.embedding], self.embedding, quantised=embedding.quantised):
             return True
         if untouched:
-            # The base stores it twice, which nothing reads: what it is made of is the embedding.
+            # The base stores one weight twice, so its head is the embedding as it was.
             head = Source(stored[self.embedding], self.embedding)
         if not _same(embedding, head):
             sources[self.head] = head

@@ -290,9 +290,11 @@ def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any
 
 
 def _loaded(folder: Path, load: Any, **options: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return load(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, StrictDataclassError) as e:
         raise TrainError(
             f"{folder} cannot be loaded for the comparison: {e}",
             "Give --trust-remote-code if the model brings its own code and you trust it, or --no-proof.",

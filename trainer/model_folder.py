@@ -119,9 +119,11 @@ def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE, trained
     sources = {path.name: path for path in base.iterdir() if path.is_file() and _is_companion(path.name)}
     sources |= {f"{TEMPLATE_FOLDER}/{path.name}": path for path in (base / TEMPLATE_FOLDER).glob("*.jinja")}
     if trainer := next((folder for folder in trained if has_vocabulary(folder)), None):
+        _refuse_foreign_code(trainer, base)
         for path in tokenizer_files(base):
-            sources.pop(str(path.relative_to(base)), None)
-        sources |= {str(path.relative_to(trainer)): path for path in tokenizer_files(trainer)}
+            if path.suffix != ".py":
+                sources.pop(str(path.relative_to(base)), None)
+        sources |= {str(path.relative_to(trainer)): path for path in tokenizer_files(trainer) if path.suffix != ".py"}
     if template != OWN_TEMPLATE:
         sources[TEMPLATE_FILE] = Path(template)
     for name, path in sources.items():
@@ -129,6 +131,26 @@ def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE, trained
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / name)
     return sorted(sources)
+
+
+def _refuse_foreign_code(trained: Path, base: Path) -> None:
+    """Raises TrainError for a tokenizer that asks for other code than the base's, or for files of another place.
+
+    Trust in a base's code (model.trust_remote_code) is no trust in that of an adapter.
+    """
+    settings = [f / "tokenizer_config.json" for f in (trained, base)]
+    code = [read_json(path).get("auto_map") if path.is_file() else None for path in settings]
+    if code[0] is not None and code[0] != code[1]:
+        raise TrainError(
+            f"{settings[0]} asks for tokenizer code that is not the base's (auto_map)",
+            "Remove auto_map there, or the tokenizer's files, if the base's tokenizer will do.",
+        )
+    home = trained.resolve()
+    # A snapshot in the Hub's cache consists of links into `blobs` beside the snapshots.
+    allowed = (home, home.parent.parent / "blobs")
+    for path in tokenizer_files(trained):
+        if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+            raise TrainError(f"{path} is a link out of the adapter's folder", "Put the file itself there.")
 
 
 def _is_companion(name: str) -> bool:

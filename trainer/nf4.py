@@ -54,13 +54,14 @@ class Nf4:
 def weights_of_folder(folder: Path, trust_remote_code: bool) -> frozenset[str]:
     """Names of the weights that QLoRA quantises in the model of this folder. Raises TrainError when it cannot be built."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, StrictDataclassError) as e:
         raise TrainError(
             f"{folder}: which of its layers are quantised cannot be told: {e}", "Merge with --base-precision bf16."
         ) from e

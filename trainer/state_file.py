@@ -7,6 +7,7 @@ training config as text. The adapter of a LoRA or QLoRA run is named as PEFT nam
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ NESTED = ("state_dict", "model", "module", "model_state_dict")
 
 def read(path: Path, given: Given) -> ForeignCheckpoint:
     """Describe the weights in the file. Raises TrainError."""
+    if re.search(r"-\d+-of-\d+", path.name):
+        raise TrainError(f"{path} is one file of several", "Save the model whole, or as safetensors.")
     content = read_archive(path)
     tensors = _weights(content, path)
     broken = next((name for name, tensor in tensors.items() if not tensor.is_contiguous), None)

@@ -32,7 +32,7 @@ WRITTEN_BYTES = 2**22
 FLUSHED_BYTES = 2**26
 """Written before the disk is asked, in a thread, to take them: at the end little is left to wait for."""
 HASHED_AHEAD = 16
-"""Pieces that may be written before the first of them is hashed."""
+"""Writes that may be done before the first of them is hashed: 64 MiB of memory at most."""
 AHEAD = 16
 """Pieces that may be computed before the first of them is written."""
 
@@ -196,13 +196,13 @@ class SafetensorsWriter:
         return self._digest.hexdigest()
 
     def _write_all(self, data: memoryview) -> None:
-        if self._hasher is not None and self._digest is not None:
-            self._unhashed.append(self._hasher.submit(self._digest.update, data))
-            if len(self._unhashed) > HASHED_AHEAD:
-                self._unhashed.popleft().result()
         while data:
             with self._writing():
                 size = os.write(self._fd, data[:WRITTEN_BYTES])
+            if self._hasher is not None and self._digest is not None:
+                self._unhashed.append(self._hasher.submit(self._digest.update, data[:size]))
+                if len(self._unhashed) > HASHED_AHEAD:
+                    self._unhashed.popleft().result()
             data = data[size:]
         self._flush_behind()
 

@@ -15,7 +15,9 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import re
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -31,7 +33,7 @@ from .spec import TrainError
 from .tensor_files import NUMPY_DTYPES, fill
 from .tensor_header import DTYPE_BITS
 
-MAX_PICKLE_BYTES = 2**26
+MAX_PICKLE_BYTES = 2**25
 MAX_DIMENSIONS = 64
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -195,7 +197,9 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
                 return _read(path, archive, start)
     except OSError as e:
         raise TrainError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except zipfile.BadZipFile as e:
+    except TrainError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, *DAMAGE) as e:
         raise TrainError(
             f"{path}: is not an archive of torch.save ({e})",
             "It is cut short, or written by torch < 1.6: save it again.",
@@ -215,9 +219,11 @@ def _read(path: Path, archive: zipfile.ZipFile, start: int) -> Any:
             raise TrainError(f"{path}: {name} has {info.file_size} bytes, or is compressed; at most {limit} are read")
     if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
         raise TrainError(f"{path}: was written on a big-endian machine")
+    content = archive.read(pickles[0])
     held = {name: info for name, info in members.items() if name.startswith(root)}
-    reader = _Reader(io.BytesIO(archive.read(pickles[0])), path, held, root, start)
+    reader = _Reader(io.BytesIO(content), path, held, root, start)
     try:
+        check_opcodes(content, path)
         return reader.load()
     except TrainError:
         raise
@@ -234,7 +240,7 @@ def refused(path: Path, name: str) -> TrainError:
 
 
 class _Reader(pickle.Unpickler):
-    """Finds only what `_BUILDERS`, STORAGES and INERT name."""
+    """Finds only what `BUILDERS`, STORAGES and INERT name."""
 
     def __init__(
         self, data: io.BytesIO, path: Path, members: dict[str, zipfile.ZipInfo], root: str, start: int
@@ -247,8 +253,8 @@ class _Reader(pickle.Unpickler):
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
-        if full in _BUILDERS:
-            return _BUILDERS[full]
+        if full in BUILDERS:
+            return BUILDERS[full]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if INERT.fullmatch(full):
@@ -257,8 +263,14 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, _, numel = pid
-        if not isinstance(dtype, str) or dtype not in DTYPE_BITS or not isinstance(numel, int) or numel < 0:
-            raise TrainError(f"{self.path}: describes a storage as {str(pid)[:80]}")
+        if (
+            not isinstance(key, str)
+            or not isinstance(dtype, str)
+            or dtype not in DTYPE_BITS
+            or not isinstance(numel, int)
+            or numel < 0
+        ):
+            raise TrainError(f"{self.path}: describes a storage as {reprlib.repr(pid)}")
         info = self.members.get(f"{self.root}data/{key}")
         if info is None:
             raise TrainError(f"{self.path}: has no storage {str(key)[:40]!r}")
@@ -286,7 +298,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> A
         raise TypeError("a tensor without a storage of this file")
     numbers = (offset, *shape, *stride)
     if len(numbers) > 2 * MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in numbers):
-        raise TypeError(f"a tensor of shape {str(shape)[:80]}")
+        raise TypeError(f"a tensor of shape {reprlib.repr(shape)}")
     shape = tuple(shape)
     expected = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     contiguous = all(have == want or size == 1 for have, want, size in zip(stride, expected, shape, strict=True))
@@ -294,6 +306,20 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> A
         raise TrainError(f"{storage.path}: a tensor of shape {shape} does not fit into its storage")
     at = storage.at + offset * DTYPE_BITS[storage.dtype] // 8
     return ArchiveTensor(storage.path, storage.dtype, at, shape, contiguous or math.prod(shape) == 0)
+
+
+def _size(values: Any) -> tuple[Any, ...]:
+    """torch.Size."""
+    if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
+        raise TypeError(f"a shape of {type(values).__name__}")
+    return tuple(values)
+
+
+def check_opcodes(data: bytes, path: Path) -> None:
+    """Raises TrainError for a pickle that asks for more memory than it can use: a place in the memo far from the last one."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > number:  # type: ignore[arg-type]  # a number there
+            raise TrainError(f"{path}: its pickle is damaged (place {argument} of its memo)", "Copy or save it again.")
 
 
 def _first(tensor: Any, *rest: Any) -> Any:
@@ -306,10 +332,10 @@ def _from_type(function: Callable[..., Any], kind: Any, args: tuple[Any, ...], s
     return function(*args)
 
 
-_BUILDERS: dict[str, Any] = {
+BUILDERS: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "collections.defaultdict": _Builder(lambda *args: {}),
-    "torch.Size": tuple,
+    "torch.Size": _Builder(_size),
     "torch._utils._rebuild_tensor": _Builder(_tensor),
     "torch._utils._rebuild_tensor_v2": _Builder(_tensor),
     "torch._utils._rebuild_parameter": _Builder(_first),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.foreign_process import model_of
 from support.many_runs import carry_out
 from transformers import AutoModelForCausalLM
@@ -139,6 +139,36 @@ def test_damage_in_fsdps_files_is_named(foreign: Path, base: Path, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
     metadata.write_bytes(pickle.dumps({"state_dict_metadata": {}}))
     refused("not the description of a checkpoint")
+    metadata.write_bytes(b"\x80\x02Nr\x00\x00\x00\x40.")
+    refused("of its memo")
+
+
+def test_two_models_in_one_checkpoint_are_refused(tmp_path: Path, base: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    weights = model_of("full").state_dict()
+    average = {name: tensor * 2 for name, tensor in weights.items()}
+    dcp.save({"model": weights, "ema": average}, checkpoint_id=tmp_path / "both", no_dist=True)
+    with pytest.raises(TrainError) as error:
+        consolidated(tmp_path / "both", tmp_path / "out", "--base", str(base))
+    assert "two parts of the checkpoint hold" in error.value.message
+
+
+def test_a_head_that_was_frozen_is_kept(foreign: Path, tmp_path: Path) -> None:
+    """Freeze training: the head is no trained weight, and it is not the embedding."""
+    base, copy = tmp_path / "base", tmp_path / "copy"
+    model = model_of("full")
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(base)
+    head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] * 3
+    save_file(load_file(base / "model.safetensors") | {"lm_head.weight": head}, base / "model.safetensors")
+    shutil.copytree(foreign / "deepspeed-full-2", copy)
+    (file,) = (copy / "global_step1").glob("mp_rank_00_model_states.pt")
+    state = torch.load(file, weights_only=False)
+    state["frozen_param_shapes"] = {"lm_head.weight": head.shape}
+    torch.save(state, file)
+    found = consolidated(copy, tmp_path / "out", "--base", str(base))
+    assert torch.equal(found["lm_head.weight"], head)
 
 
 class Hostile:

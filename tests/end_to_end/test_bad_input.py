@@ -203,6 +203,11 @@ def test_what_cannot_be_merged(launch: Launch, folder: Path, straight: Path) -> 
     adapter = str(straight / "adapter")
     (folder / "broken").mkdir()
     (folder / "broken" / "adapter_config.json").write_text("[", encoding="utf-8")
+    for name, base in (("gone", "/gone/model"), ("evil", "package:evil/x.gguf"), ("long", "x" * 3000)):
+        shutil.copytree(adapter, folder / name)
+        config = json.loads((folder / name / "adapter_config.json").read_text(encoding="utf-8"))
+        text = json.dumps(config | {"base_model_name_or_path": base})
+        (folder / name / "adapter_config.json").write_text(text, encoding="utf-8")
     for arguments, said in (
         (["nothing"], "no run 'nothing'"),
         ([str(straight / "merged")], "holds no adapter_config.json"),
@@ -210,7 +215,11 @@ def test_what_cannot_be_merged(launch: Launch, folder: Path, straight: Path) -> 
         ([adapter, "--add", "absent=0.5"], "no run 'absent'"),
         ([adapter, "--weight", "nan"], "expected finite numbers"),
         ([adapter, "--base", "package:no_such_package/x.gguf"], "no_such_package is not installed"),
-        ([adapter, "--base", "./absent"], "the folder"),
+        ([adapter, "--base", "./absent"], "absent does not exist"),
+        (["gone"], "the adapter's base '/gone/model' is not here"),
+        (["evil"], "the adapter's base 'package:evil/x.gguf' is not here"),
+        (["long"], "is not here"),
+        ([adapter, "--weight=-0.00001", "--add", "absent"], "no run 'absent'"),
         ([adapter, "--base", f"random:{straight / 'merged'}"], "random weights are no base"),
         ([adapter, "--base-precision", "int8"], "invalid choice: 'int8'"),
         ([adapter, "--max-shard-size", "much"], "'much' is not a size"),
@@ -223,4 +232,5 @@ def test_what_cannot_be_merged(launch: Launch, folder: Path, straight: Path) -> 
         assert done.returncode == 2, (arguments, done.stdout, done.stderr)
         assert said in done.stderr, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
+        assert "pip install" not in done.stderr or "no_such_package" in said
         assert not (folder / "out").exists()

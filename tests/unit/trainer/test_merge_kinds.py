@@ -141,6 +141,19 @@ def test_modules_trained_whole_on_a_tied_base(tmp_path, bases, names):
     assert_proved(bases["tied"], adapter, out)
 
 
+def test_a_head_that_the_base_stores_apart_from_its_embedding_is_kept(tmp_path, bases):
+    """Its config says that they are tied; transformers looks at the weights, and so do we."""
+    base = shutil.copytree(bases["tied"], tmp_path / "base")
+    tensors = weights(base)
+    torch.manual_seed(5)
+    head = torch.randn(tensors["model.embed_tokens.weight"].shape) * 0.2
+    save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32, target_modules=["embed_tokens", "q_proj"])
+    out = merge(base, adapter, tmp_path / "out", "--no-proof")
+    assert torch.equal(weights(out)["lm_head.weight"], head)
+    assert_proved(base, adapter, out)
+
+
 def test_an_embedding_trained_as_one_with_the_head_stays_one(tmp_path, bases):
     options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     adapter = save_adapter(tmp_path / "adapter", bases["tied"], torch.float32, **options)
@@ -231,6 +244,8 @@ def test_what_cannot_be_added_up_is_refused(tmp_path, bases):
     for weight in ("nan", "inf"):
         with pytest.raises(TrainError, match="finite"):
             merge(base, plain, tmp_path / "out", "--weight", weight)
+    with pytest.raises(TrainError, match=r"cannot be weighted by 0\.5"):
+        merge(base, heads[0], tmp_path / "out", "--weight", 0.5)
     with pytest.raises(TrainError, match="2 adapters and 1 weights"):
         merge(base, plain, tmp_path / "out", "--adapter", plain, "--weight", 1)
 
@@ -279,20 +294,26 @@ def test_experts(tmp_path, family, targets):
     assert_proved(base, adapter, out)
 
 
-@pytest.mark.parametrize("shape", [(24, 32), (32, 24), (32, 32)])
-def test_experts_stored_as_one_tensor(tmp_path, shape):
+@pytest.mark.parametrize(
+    ("shape", "model_type", "transposed"),
+    [
+        ((24, 32), "llama4_text", False),
+        ((32, 24), "gpt_oss", True),
+        ((32, 32), "gpt_oss", True),
+        ((32, 32), "llama4_text", False),
+    ],
+)
+def test_experts_stored_as_one_tensor(tmp_path, shape, model_type, transposed):
     """gpt-oss stores (experts, in, out); others, where they keep experts together, (experts, out, in)."""
     torch.manual_seed(0)
     experts, rank, (rows, columns) = 3, 2, shape
-    transposed = shape != (24, 32)
-    out_features, in_features = (columns, rows) if transposed else (rows, columns)
+    out_features, in_features = (24, 32) if rows != columns else (32, 32)
     weight, name = torch.randn(experts, rows, columns), "model.layers.0.mlp.experts"
-    wide = torch.randn(experts, 32, 64)
     a, b = torch.randn(rank * experts, in_features), torch.randn(out_features, rank * experts)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir(), adapter.mkdir()
-    save_file({f"{name}.down_proj": weight, f"{name}.gate_up_proj": wide}, base / "model.safetensors")
-    (base / "config.json").write_text("{}")
+    save_file({f"{name}.down_proj": weight}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": model_type}))
     factors = {f"base_model.model.{name}.lora_{half}.weight": t for half, t in (("A", a), ("B", b))}
     save_file(factors, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_parameters": ["experts.down_proj"]}
@@ -303,6 +324,15 @@ def test_experts_stored_as_one_tensor(tmp_path, shape):
         f"o r e, e r i -> {order}", b.reshape(out_features, rank, experts), a.reshape(experts, rank, in_features)
     )
     assert (ours - (weight + update * 2)).abs().max() < 1e-5
+
+
+def test_parameters_of_single_layers(tmp_path):
+    """The same name under several owners: each layer has its own."""
+    base = save_experts(tmp_path / "base", "qwen2_moe")
+    targets = ["0.mlp.experts.down_proj", "1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32, target_modules=[], target_parameters=targets)
+    out = merge(base, adapter, tmp_path / "ours", "--no-proof")
+    assert_close(weights(out), peft_merge(base, adapter, tmp_path / "theirs", torch.float32))
 
 
 def test_experts_that_the_base_has_not(tmp_path):
@@ -324,6 +354,55 @@ def test_experts_that_the_base_has_not(tmp_path):
     refused("which of them is adapted", target_parameters=["experts.bias", "experts.down_proj"])
     with pytest.raises(TrainError, match=r"the base has no model.layers.0.mlp.experts.down_proj"):
         merge(save_base(tmp_path / "dense"), adapter, tmp_path / "out")
+
+
+def test_an_adapter_brings_no_code(tmp_path, bases):
+    """Trust in a base's code is no trust in that of an adapter, whose tokenizer may come with some."""
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    (base / "tokenization_x.py").write_text("# of the base")
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter / name)
+    (adapter / "tokenization_x.py").write_text("# of the adapter")
+    out = merge(base, adapter, tmp_path / "out", "--no-proof")
+    assert (out / "tokenization_x.py").read_text() == "# of the base"
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_x.X", None]}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TrainError, match="tokenizer code that is not the base's"):
+        merge(base, adapter, tmp_path / "out2", "--no-proof")
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    merge(base, adapter, tmp_path / "same", "--no-proof")
+    (adapter / "tokenizer.json").unlink()
+    (adapter / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(TrainError, match="a link out of the adapter's folder"):
+        merge(base, adapter, tmp_path / "out3", "--no-proof")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": {"(.*.*)*(.*.*)*x": 4}}, "are understood"),
+        ({"rank_pattern": {".*a.*b.*c.*d": 4}}, "are understood"),
+        ({"rank_pattern": {"q_proj": float("inf")}}, "expected a number above 0"),
+        ({"rank_pattern": {"q_proj": 4.5}}, "expected a whole number"),
+        ({"alpha_pattern": {"q_proj": "1"}}, "expected a number above 0"),
+    ],
+)
+def test_patterns_that_cannot_be_used(tmp_path, bases, changes, said):
+    adapter = save_adapter(tmp_path / "adapter", bases["llama"], torch.float32)
+    edit_config(adapter, **changes)
+    with pytest.raises(TrainError, match=said):
+        merge(bases["llama"], adapter, tmp_path / "out")
+
+
+def test_nf4_of_weights_by_other_names_is_refused(tmp_path):
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in weights(base).items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainError, match="which NF4 would round"):
+        merge(base, adapter, tmp_path / "out", "--base-precision", "nf4", "--no-proof")
 
 
 @pytest.mark.parametrize("double", [True, False])

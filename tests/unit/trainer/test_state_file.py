@@ -49,8 +49,9 @@ def checkpoint(path: Path, weights: dict, base: Path, buffer=None) -> Path:
     history = buffer() if buffer else None
     if history is not None:
         history.__dict__.update(_log_history=np.arange(3.0), _count_history=np.arange(3), _statistics_methods={})
-    hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"iter": 7}, "resumed_keys": {}}
-    meta = {"cfg": CFG.format(base=str(base)), "iter": 7, "epoch": 0, "seed": 1, "time": "20260102_030405"}
+    number = int(path.stem.rpartition("_")[2])
+    hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"iter": number}, "resumed_keys": {}}
+    meta = {"cfg": CFG.format(base=str(base)), "iter": number, "epoch": 0, "seed": 1, "time": "20260102_030405"}
     torch.save({"meta": meta, "state_dict": weights, "message_hub": hub, "optimizer": {"state": {}}}, path)
     return path
 
@@ -131,9 +132,59 @@ def test_what_is_not_known_is_asked_for_or_said(tmp_path, base, capsys):
     with pytest.raises(TrainError, match="lora_alpha") as e:
         consolidated(tmp_path / "a.pth", tmp_path / "out")
     assert "--lora-alpha 8" in e.value.hint
-    torch.save(weights | {"llm.base_model.model.lm_head.weight": torch.zeros(3, 3)}, tmp_path / "a.pth")
-    consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
-    assert "left out: 1 weights that are not the adapter's" in capsys.readouterr().out
+    for alpha in ("0", "nan", "-1", "inf"):
+        with pytest.raises(TrainError, match="--lora-alpha"):
+            consolidated(tmp_path / "a.pth", tmp_path / "out", f"--lora-alpha={alpha}")
+    # The whole of a PeftModel: what is not the adapter's is left out, and said.
+    whole = {f"llm.{name}": p.detach() for name, p in adapted(base).named_parameters()}
+    torch.save(whole, tmp_path / "a.pth")
+    found = consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
+    assert len(found) == len(weights)
+    assert f"left out: {len(whole) - len(weights)} weights of the base" in capsys.readouterr().out
+
+
+def test_a_trained_weight_that_no_adapter_file_can_hold_is_not_dropped(tmp_path, base):
+    """Without base layers in the file, all that is there was trained."""
+    _, weights = adapter_weights(base)
+    torch.save(weights | {"llm.base_model.model.model.norm.weight": torch.zeros(3)}, tmp_path / "a.pth")
+    with pytest.raises(TrainError, match="no adapter file can hold it"):
+        consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
+
+
+def test_a_part_of_a_model_is_no_model(tmp_path, base):
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    half = {name: t for name, t in weights.items() if "layers.1." not in name}
+    torch.save(half, tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(TrainError, match="one file of several"):
+        consolidated(tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "out", "--base", str(base))
+    torch.save(half, tmp_path / "half.bin")
+    with pytest.raises(TrainError, match=f"{len(weights) - len(half)} weights of .* are not in the checkpoint"):
+        consolidated(tmp_path / "half.bin", tmp_path / "out", "--base", str(base))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_one_name_are_refused(tmp_path, base):
+    _, weights = adapter_weights(base)
+    twice = weights | {name.replace("llm.", "ema."): t * 2 for name, t in weights.items()}
+    torch.save(twice, tmp_path / "a.pth")
+    with pytest.raises(TrainError, match="which of them is meant"):
+        consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
+
+
+def test_another_step_than_the_files_own_is_refused(tmp_path, base):
+    _, weights = adapter_weights(base)
+    path = checkpoint(tmp_path / "iter_7.pth", weights, base)
+    with pytest.raises(TrainError, match="is of step 7, not 100"):
+        consolidated(path, tmp_path / "out", "--step", "100")
+    assert consolidated(path, tmp_path / "out", "--step", "7")
+
+
+def test_names_that_are_no_adapters(tmp_path):
+    torch.save(
+        {"q_proj.lora_A.weight": torch.zeros(2, 3), "q_proj.lora_B.weight": torch.zeros(3, 2)}, tmp_path / "a.pth"
+    )
+    with pytest.raises(TrainError, match="not named as PEFT names"):
+        consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
 
 
 def test_files_that_hold_no_model_are_refused_by_name(tmp_path, base):

@@ -250,3 +250,27 @@ def test_a_compressed_or_endless_member_is_not_unpacked(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(TrainError, match="not a regular file"):
         read_archive(tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02Nr\x00\x00\x00\x40.", b"\x80\x02Np1000000000\n."])
+def test_a_memo_that_would_fill_the_memory_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", content)
+    with pytest.raises(TrainError, match=r"place 1[0-9]* of its memo"):
+        read_archive(path)
+
+
+@pytest.mark.parametrize(("at", "value"), [(6, 1), (8, 99)])
+def test_encrypted_and_unknown_kinds_of_members_are_named(tmp_path: Path, at: int, value: int) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(2)}, path)
+    data = bytearray(path.read_bytes())
+    for signature, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        start = data.find(signature)
+        while start >= 0:
+            data[start + at + shift] = value
+            start = data.find(signature, start + 4)
+    path.write_bytes(bytes(data))
+    with pytest.raises(TrainError, match=r"x\.pt"):
+        read_archive(path)
