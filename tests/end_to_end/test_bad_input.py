@@ -203,7 +203,7 @@ def test_what_cannot_be_merged(launch: Launch, folder: Path, straight: Path) -> 
     adapter = str(straight / "adapter")
     (folder / "broken").mkdir()
     (folder / "broken" / "adapter_config.json").write_text("[", encoding="utf-8")
-    for name, base in (("gone", "/gone/model"), ("evil", "package:evil/x.gguf"), ("long", "x" * 3000)):
+    for name, base in (("gone", "/gone/model"), ("evil", "package:evil/x.gguf")):
         shutil.copytree(adapter, folder / name)
         config = json.loads((folder / name / "adapter_config.json").read_text(encoding="utf-8"))
         text = json.dumps(config | {"base_model_name_or_path": base})
@@ -218,10 +218,8 @@ def test_what_cannot_be_merged(launch: Launch, folder: Path, straight: Path) -> 
         ([adapter, "--base", "./absent"], "absent does not exist"),
         (["gone"], "the adapter's base '/gone/model' is not here"),
         (["evil"], "the adapter's base 'package:evil/x.gguf' is not here"),
-        (["long"], "is not here"),
         ([adapter, "--weight=-0.00001", "--add", "absent"], "no run 'absent'"),
         ([adapter, "--base", f"random:{straight / 'merged'}"], "random weights are no base"),
-        ([adapter, "--base-precision", "int8"], "invalid choice: 'int8'"),
         ([adapter, "--max-shard-size", "much"], "'much' is not a size"),
         ([adapter, "--prompts", "absent.json"], "absent.json: cannot be read"),
         ([adapter, "--device", "cuda"], "merge needs a free GPU"),

@@ -93,7 +93,8 @@ def test_rows(tmp_path):
     assert [entry.contender for entry in merging] == ["tunelaunch", "peft", COPY, "python with numpy"]
     consolidating = list(entries_of("consolidate", options))
     assert [entries[0].what for entries in consolidating] == [f"SmolLM2-135M, ZeRO-{z}, 2 shards" for z in (2, 3)]
-    measure(consolidating[0], 1, tmp_path)
-    assert [entry.failed for entry in consolidating[0]] == [""] * 5
+    ours = consolidating[0][:1]
+    measure(ours, 1, tmp_path)
+    assert ours[0].failed == ""
     with pytest.raises(BenchError, match="unknown"):
         main(["--rows", "x", "--smollm2", str(base), "--work", str(tmp_path), "--out", str(tmp_path)])
