@@ -33,7 +33,7 @@ from .checkpoint_format import (
 )
 from .consolidate_plan import Plan, make_plan
 from .disk import new_folder, refuse_existing, require_space, write_json, write_text
-from .foreign import Given
+from .foreign import Given, step_in_name
 from .foreign_sources import find, inside_ray
 from .model_folder import OWN_TEMPLATE, copy_companions, write_config
 from .spec import TrainError
@@ -90,7 +90,9 @@ def run(args: argparse.Namespace) -> None:
             )
         step_dir, read = found
         foreign = read(step_dir, Given(args.lora_alpha, base))
-        if args.step not in (None, foreign.manifest.step):
+        # XTuner names its folders by iterations, of which an optimizer step may take several.
+        named = (step_in_name(step_dir), step_in_name(step_dir.parent))
+        if args.step not in (None, foreign.manifest.step, *named):
             raise TrainError(f"{step_dir} is of step {foreign.manifest.step}, not {args.step}", "Leave --step out.")
         for note in foreign.notes:
             print(note, flush=True)

@@ -206,6 +206,14 @@ def test_a_step_is_taken_by_its_own_name(foreign: Path, tmp_path: Path) -> None:
         find_shards(copy, 3)
     assert "holds no step 3" in error.value.message
     assert "global_step7" in error.value.hint
+    # XTuner's folders, by iterations: eight of them to an optimizer step.
+    work = tmp_path / "work_dirs"
+    for number in (8, 16):
+        shutil.copytree(copy / "global_step1", work / f"iter_{number}.pth")
+    assert consolidated(work, tmp_path / "out", "--step", "8", "--lora-alpha", "6")
+    with pytest.raises(TrainError) as error:
+        consolidated(work / "iter_8.pth", tmp_path / "other", "--step", "16", "--lora-alpha", "6")
+    assert "is of step 1, not 16" in error.value.message
 
 
 def test_frozen_weights_of_a_full_model_must_be_in_the_base(foreign: Path, tmp_path: Path) -> None:
