@@ -54,7 +54,7 @@ def consolidate(target: str, out: Path | None, options: dict[str, Any]) -> int:
     else:
         source, default = (
             found,
-            found.parent / f"{found.name.removesuffix(found.suffix) if found.is_file() else found.name}-consolidated",
+            found.parent / f"{found.stem if found.is_file() else found.name}-consolidated",
         )
     return _run_stage("consolidate", ["--source", str(source), "--out", _out(out, default), *_flags(options)])
 

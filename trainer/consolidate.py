@@ -35,7 +35,7 @@ from .consolidate_plan import Plan, make_plan
 from .disk import new_folder, refuse_existing, require_space, write_json, write_text
 from .foreign import Given, step_in_name
 from .foreign_sources import find, inside_ray
-from .model_folder import OWN_TEMPLATE, copy_companions, write_config
+from .model_folder import ADAPTER_CONFIG, OWN_TEMPLATE, copy_companions, write_config
 from .spec import TrainError
 from .tensor_files import (
     CHUNK,
@@ -54,7 +54,6 @@ from .tensor_files import (
 from .tensor_header import TensorSpec
 from .torch_archive import ArchiveTensor
 
-ADAPTER_CONFIG = "adapter_config.json"
 REPORT = "consolidation.json"
 
 

@@ -11,15 +11,10 @@ from typing import Any
 
 from .checkpoint_format import MANIFEST, Manifest, read_manifest
 from .foreign import ForeignCheckpoint, Slice
-from .model_folder import read_config, stored_tensors
+from .model_folder import ADAPTER_WEIGHTS, BUFFERS, has_weights, is_head, read_config, stored_tensors
 from .spec import TrainError
-from .tensor_files import INDEX, STORED_DTYPES, WEIGHTS, Shard, StoredTensor, plan_shards
+from .tensor_files import STORED_DTYPES, Shard, StoredTensor, plan_shards
 from .tensor_header import TensorSpec
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-HEADS = ("lm_head.weight", "embed_out.weight")
-BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
-"""Endings of what old versions of transformers stored beside the weights, and made again from the config."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ def make_plan(
             )
         lost = [name for name in foreign.frozen if name not in plan.untrained]
         # A tied head counts among the frozen where the embedding is.
-        if any(not name.endswith(HEADS) for name in lost):
+        if any(not is_head(name) for name in lost):
             raise TrainError(
                 f"{len(lost)} weights were not trained and are not in the shards, such as {lost[0]}",
                 "Give the folder of the model that training began with: --base FOLDER.",
@@ -134,10 +129,10 @@ def _plan_model(
             "the base model folder is not known", "A full model needs its config and tokenizer: give --base FOLDER."
         )
     config = read_config(base)
-    held = stored_tensors(base) if (base / WEIGHTS).is_file() or (base / INDEX).is_file() else {}
+    held = stored_tensors(base) if has_weights(base) else {}
     _check_same_model(manifest, held, base)
     untrained = {name: tensor for name, tensor in held.items() if name not in manifest.parameters}
-    for head in [name for name in untrained if name.endswith(HEADS) and name not in frozen]:
+    for head in [name for name in untrained if is_head(name) and name not in frozen]:
         # Full training trains every weight that is not frozen, so a head that was not trained is the input embedding under a second name.
         if config.get("tie_word_embeddings") is False:
             raise TrainError(f"{head} was not trained, but {base / 'config.json'} says it is a weight of its own")

@@ -17,15 +17,12 @@ from typing import Any
 
 from .checkpoint_format import Manifest
 from .disk import read_json
-from .model_folder import stored_tensors
+from .model_folder import ADAPTER_CONFIG, ADAPTER_PREFIX, BUFFERS, has_weights, is_head, stored_tensors
 from .spec import TrainError
-from .tensor_files import INDEX, WEIGHTS
 from .torch_archive import ArchiveTensor
 
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIXES = ("module.", "llm.", "_orig_mod.", "_fsdp_wrapped_module.")
 """Of wrappers around the language model: DeepSpeed's and DDP's, XTuner's, torch.compile's, FSDP's."""
-ADAPTER_PREFIX = "base_model.model."
 MAX_PROGRAM_CHARACTERS = 2**20
 RECIPE_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -183,12 +180,12 @@ def _of_adapter(names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
 
 def _names_in(base: Path, names: dict[str, str]) -> dict[str, str]:
     """The names as the base has them. Left out: a head that is the embedding under a second name, and rotary buffers."""
-    if not ((base / WEIGHTS).is_file() or (base / INDEX).is_file()):
+    if not has_weights(base):
         return names
     held = stored_tensors(base).keys()
     for prefix in ("", "model."):
         short = {name: plain.removeprefix(prefix) for name, plain in names.items()}
-        left_out = {n for n, s in short.items() if s not in held and s.endswith(("lm_head.weight", "inv_freq"))}
+        left_out = {n for n, s in short.items() if s not in held and (is_head(s) or s.endswith(BUFFERS))}
         if all(s in held for n, s in short.items() if n not in left_out):
             return {name: s for name, s in short.items() if name not in left_out}
     return names

@@ -17,15 +17,18 @@ from pathlib import Path
 
 from . import dcp_folder, deepspeed_folder, state_file
 from .checkpoint_format import MANIFEST, list_checkpoints
+from .deepspeed_folder import find_shards
 from .foreign import ForeignCheckpoint, Given, step_in_name
+from .model_folder import ADAPTER_WEIGHTS
 from .spec import TrainError
+from .tensor_files import INDEX, WEIGHTS
 
 RAY_FOLDER = re.compile(r"checkpoint_[\w.-]+")
 """Ray Train 2.60 names them by time; versions before by number."""
 FSDP_FOLDER = "pytorch_model_fsdp_0"
 STATE_FILES = ("pytorch_model_fsdp.bin", "pytorch_model.bin")
 STEP_FOLDER = re.compile(r"(checkpoint-|iter_|epoch_|step-|step_)\d+(\.pth)?")
-FINISHED = {"adapter_model.safetensors": "an adapter", "model.safetensors": "a model"}
+FINISHED = {ADAPTER_WEIGHTS: "an adapter", WEIGHTS: "a model", INDEX: "a model"}
 
 Reader = Callable[[Path, Given], ForeignCheckpoint]
 
@@ -56,9 +59,8 @@ def _unpacked(folder: Path) -> Path:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (
-        (folder / MANIFEST).is_file() or bool(list_checkpoints(folder)) or next(_candidates(folder), None) is not None
-    )
+    is_ours = (folder / MANIFEST).is_file() or bool(list_checkpoints(folder))
+    return is_ours or find_shards(folder, None) is not None or next(_candidates(folder), None) is not None
 
 
 def _steps_of(folder: Path) -> list[int]:
@@ -80,14 +82,15 @@ def find(source: Path, step: int | None) -> tuple[Path, Reader] | None:
         )
     if not source.is_dir():
         return None
-    if shards := deepspeed_folder.find_shards(source, step):
+    if shards := find_shards(source, step):
         return shards, deepspeed_folder.read
     found = next(_candidates(source), None)
     if found is None:
         steps = {step_in_name(path): path for path in source.iterdir() if STEP_FOLDER.fullmatch(path.name)}
         steps = {number: path for number, path in steps.items() if path.is_file() or next(_candidates(path), None)}
         if not steps:
-            for folder in (source, *sorted(source.iterdir(), key=step_in_name, reverse=True)):
+            finished = [path for path in source.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+            for folder in (source, *sorted(finished, key=step_in_name, reverse=True)):
                 _refuse_finished(folder)
             return None
         if step is not None and step not in steps:
@@ -98,11 +101,7 @@ def find(source: Path, step: int | None) -> tuple[Path, Reader] | None:
 
 
 def _candidates(folder: Path) -> Iterator[tuple[Path, Reader]]:
-    """Weights that lie in this folder itself, the best first."""
-    if not folder.is_dir():
-        return
-    if shards := deepspeed_folder.find_shards(folder, None):
-        yield shards, deepspeed_folder.read
+    """Weights that lie in this folder itself, in other forms than DeepSpeed's shards, the best first."""
     for inner in (folder, folder / FSDP_FOLDER):
         if (inner / dcp_folder.METADATA).is_file():
             yield inner, dcp_folder.read

@@ -18,15 +18,11 @@ from typing import Any
 
 from .disk import read_json
 from .expert_layers import adapted_parameter, expert_places
+from .model_folder import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, is_embedding, is_head
 from .spec import TrainError
 from .tensor_header import TensorEntry, read_header
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 MERGEABLE_DTYPES = ("BF16", "F16", "F32")
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-HEADS = ("lm_head", "embed_out")
 
 UNDERSTOOD = (
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "modules_to_save", "peft_type", "r",
@@ -92,20 +88,20 @@ class Changes:
 
 def read_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     """Config and tensor list. Raises TrainError for a folder that is not a LoRA adapter, naming every reason."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise TrainError(
-            f"{folder} holds no {CONFIG}", "Give an adapter folder, as `launch consolidate` or PEFT writes it."
+            f"{folder} holds no {ADAPTER_CONFIG}", "Give an adapter folder, as `launch consolidate` or PEFT writes it."
         )
-    config = read_json(folder / CONFIG)
-    _refuse_other_formulas(config, folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
+    config = read_json(folder / ADAPTER_CONFIG)
+    _refuse_other_formulas(config, folder / ADAPTER_CONFIG)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise TrainError(
-            f"{folder} holds no {WEIGHTS}", "Pickled adapters (.bin) are not loaded: save it as safetensors."
+            f"{folder} holds no {ADAPTER_WEIGHTS}", "Pickled adapters (.bin) are not loaded: save it as safetensors."
         )
-    entries = read_header(folder / WEIGHTS).entries
+    entries = read_header(folder / ADAPTER_WEIGHTS).entries
     if not entries:
-        raise TrainError(f"{folder / WEIGHTS} holds no tensors")
-    return Adapter(folder / WEIGHTS, config, entries, weight)
+        raise TrainError(f"{folder / ADAPTER_WEIGHTS} holds no tensors")
+    return Adapter(folder / ADAPTER_WEIGHTS, config, entries, weight)
 
 
 def _refuse_other_formulas(config: dict[str, Any], path: Path) -> None:
@@ -149,7 +145,7 @@ def changes_of(adapter: Adapter, base: Mapping[str, TensorEntry], model_type: st
     changes = Changes()
     factors: dict[str, dict[str, str]] = {}
     for name in adapter.entries:
-        rest = name.removeprefix(PREFIX)
+        rest = name.removeprefix(ADAPTER_PREFIX)
         if match := FACTOR.fullmatch(rest):
             # PEFT names embeddings' factors without ".weight" and all others with it.
             if (match["embedding"] is None) == (match["suffix"] is not None):
@@ -172,20 +168,20 @@ def changes_of(adapter: Adapter, base: Mapping[str, TensorEntry], model_type: st
 
 def _replace(adapter: Adapter, name: str, base: Mapping[str, TensorEntry], changes: Changes) -> list[str]:
     """Plan a tensor that was trained or saved whole. Returns what is wrong with it."""
-    target = re.sub(r"\.(base_layer|modules_to_save|original_module)(?=\.)", "", name.removeprefix(PREFIX))
+    target = re.sub(r"\.(base_layer|modules_to_save|original_module)(?=\.)", "", name.removeprefix(ADAPTER_PREFIX))
     module = target.rpartition(".")[0]
     config = adapter.config
     # PEFT compares the ends of module names, and saves what is inside such a module too.
     saved = any(re.search(rf"{re.escape(m)}(\.|$)", module) for m in config.get("modules_to_save") or [])
     bias = config.get("bias", "none") != "none" and target.endswith(".bias")
-    if not saved and not bias and module.rpartition(".")[2] not in (*EMBEDDINGS, *HEADS):
+    is_vocabulary = is_head(target) or is_embedding(target)
+    if not saved and not bias and not is_vocabulary:
         return [f"{name}: neither a LoRA matrix nor a weight of modules_to_save"]
     if target not in base:
         return [f"{name}: the base has no {target}"]
     found, wanted = adapter.entries[name], base[target]
     if found.dtype not in MERGEABLE_DTYPES or wanted.dtype not in MERGEABLE_DTYPES:
         return [f"{name}: dtypes {found.dtype}, {wanted.dtype}: expected {', '.join(MERGEABLE_DTYPES)}"]
-    is_vocabulary = module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
     # A vocabulary may have grown for the adapter, which then brings the embeddings whole.
     if found.shape[1:] != wanted.shape[1:] or (found.shape != wanted.shape and not is_vocabulary) or 0 in found.shape:
         return [f"{name}: is {list(found.shape)}, {target} of the base {list(wanted.shape)}"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .lora_adapter import EMBEDDINGS, HEADS, Adapter, Update, changes_of
-from .model_folder import has_vocabulary, read_config, stored_tensors
+from .lora_adapter import Adapter, Update, changes_of
+from .model_folder import has_vocabulary, is_embedding, is_head, read_config, stored_tensors
 from .spec import TrainError
 from .tensor_files import STORED_DTYPES, Shard, StoredTensor, plan_shards
 from .tensor_header import TensorSpec
@@ -135,15 +135,15 @@ class _Tie:
     @classmethod
     def of(cls, config: dict[str, Any], sources: dict[str, Source]) -> _Tie | None:
         """None when they are two."""
-        heads = [name for name in sources if name.rpartition(".")[0].rpartition(".")[2] in HEADS]
+        heads = [name for name in sources if is_head(name)]
         # A config without the key was written by a version of transformers whose default was to tie.
         is_tied = config.get(TIED)
         if not (is_tied if isinstance(is_tied, bool) else not heads):
             return None
-        embeddings = [name for name in sources if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS]
+        embeddings = [name for name in sources if is_embedding(name)]
         if len(embeddings) != 1:
             return None
-        stored_head = next((name for name in heads if name.endswith(".weight")), None)
+        stored_head = next(iter(heads), None)
         if stored_head is not None and not _same(sources[embeddings[0]], sources[stored_head]):
             # transformers does not tie them then, whatever the config says.
             return None
@@ -199,9 +199,7 @@ def _with(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 def _new_vocabulary(sources: dict[str, Source], stored: dict[str, StoredTensor]) -> int | None:
     """Rows of the embeddings, None when they are as many as in the base. Raises TrainError when input and output disagree."""
     rows = {
-        name: source.stored.entry.shape[0]
-        for name, source in sources.items()
-        if name.removesuffix(".weight").rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+        name: source.stored.entry.shape[0] for name, source in sources.items() if is_embedding(name) or is_head(name)
     }
     if all(stored[name].entry.shape[0] == n for name, n in rows.items() if name in stored):
         return None

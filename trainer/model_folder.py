@@ -13,9 +13,18 @@ from .tensor_files import INDEX, WEIGHTS, StoredTensor
 from .tensor_header import is_printable_name, read_header
 
 TRANSFORMERS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."
+"""Of the names in an adapter's file."""
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+HEADS = ("lm_head", "embed_out")
+"""Modules of the input and the output embedding, as the model families call them."""
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
+"""Endings of what old versions of transformers stored beside the weights, and made again from the config."""
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".vocab", ".spm", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
-OWN_FILES = ("config.json", "consolidation.json", "merge_report.json", "adapter_config.json")
+OWN_FILES = ("config.json", "consolidation.json", "merge_report.json", ADAPTER_CONFIG)
 TRAINER_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "zero_to_fp32.py", "zero_to_torch.py")
 """What HF Trainer and DeepSpeed put beside the model that they train."""
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -29,6 +38,21 @@ TOKENIZER_PATTERNS = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "*.tiktoken", "tokenization*.py",
 )  # fmt: skip
 """All files that can change what a text becomes."""
+
+
+def is_head(weight: str) -> bool:
+    """Whether this is the name of an output embedding's weight."""
+    return weight.removesuffix(".weight").rpartition(".")[2] in HEADS
+
+
+def is_embedding(weight: str) -> bool:
+    """Whether this is the name of an input embedding's weight."""
+    return weight.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors, whole or in shards."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
