@@ -95,6 +95,10 @@ def run(args: argparse.Namespace) -> None:
             raise TrainError(f"{step_dir} is of step {foreign.manifest.step}, not {args.step}", "Leave --step out.")
         for note in foreign.notes:
             print(note, flush=True)
+    elif args.lora_alpha is not None:
+        raise TrainError(
+            "--lora-alpha is for adapters of other programs; this checkpoint says its own", "Leave --lora-alpha out."
+        )
     else:
         step_dir, skipped = choose_checkpoint(source, args.step)
         for path, reason in skipped:

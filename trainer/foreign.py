@@ -95,7 +95,8 @@ def describe(
     home = known.home
     notes: tuple[str, ...] = ()
     config = None
-    names = plain_names(shapes)
+    plain = plain_names([*shapes, *frozen])
+    names = {name: plain[name] for name in shapes}
     _refuse_equal_names(names)
     is_adapter = any(".lora_A." in name for name in names.values())
     base = known.given.base or (home if home is not None and (home / "config.json").is_file() else None)
@@ -115,7 +116,6 @@ def describe(
             notes += (f"left out: {len(others)} weights of the base, such as {others[0]}",)
     elif base is not None:
         names = _names_in(base, names)
-    wrapper = next((long.removesuffix(short) for long, short in names.items() if long != short), "")
     manifest = Manifest(
         run_id="",
         step=step,
@@ -131,7 +131,7 @@ def describe(
         files=(),
         state={},
     )
-    rest = () if is_adapter else tuple(name.removeprefix(wrapper) for name in frozen)
+    rest = () if is_adapter else tuple(plain[name] for name in frozen)
     return ForeignCheckpoint(manifest, {short: slices[name] for name, short in names.items()}, rest, base, notes)
 
 
@@ -196,7 +196,13 @@ def _adapter_config(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(adapter_config, what was inferred). Raises TrainError when lora_alpha is nowhere."""
     if known.home is not None and (known.home / ADAPTER_CONFIG).is_file():
-        return read_json(known.home / ADAPTER_CONFIG), ()
+        config = read_json(known.home / ADAPTER_CONFIG)
+        if known.given.alpha not in (None, config.get("lora_alpha")):
+            raise TrainError(
+                f"{known.home / ADAPTER_CONFIG} says lora_alpha {config.get('lora_alpha')}, --lora-alpha {known.given.alpha:g}",
+                "Leave --lora-alpha out, or correct that file.",
+            )
+        return config, ()
     layers = {n.partition(".lora_A.")[0]: s[0] for n, s in parameters.items() if ".lora_A." in n and s}
     if not layers or not all(name.startswith(ADAPTER_PREFIX) for name in layers):
         raise TrainError(f"{next(iter(parameters))}: is not named as PEFT names the weights of an adapter")

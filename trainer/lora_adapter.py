@@ -24,6 +24,8 @@ from .tensor_header import TensorEntry, read_header
 
 MERGEABLE_DTYPES = ("BF16", "F16", "F32")
 
+CONV1D_MODELS = ("gpt2", "openai-gpt")
+"""model_type of the language models of transformers whose layers are Conv1D."""
 UNDERSTOOD = (
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "modules_to_save", "peft_type", "r",
     "rank_pattern", "target_parameters", "use_dora", "use_rslora",
@@ -37,9 +39,11 @@ WITHOUT_EFFECT = (
 UNCHANGED_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA subtract from it."""
 
-SIMPLE_PATTERN = re.compile(r"(?:\\d\+|\\\.|\.\*|[\w\-.|^$])+")
+SIMPLE_PATTERN = re.compile(r"(?:\\d\+?|\\\.|\.\*|\[[\w-]+\]\+?|[\w\-.|^$()])+")
+"""What a key of rank_pattern or alpha_pattern may consist of. Nothing that is repeated can hold a repetition."""
 MAX_WILDCARDS = 3
-"""Of rank_pattern and alpha_pattern: other expressions, or more wildcards, could take for ever to match."""
+MAX_CHOICES = 12
+"""Of wildcards, and of `|` and `(`, in one key: with more, an expression could take for ever to match."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<suffix>\.weight)?")
 MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 
@@ -239,7 +243,7 @@ def _updates(
         lora_b=names["B"],
         rank=int(rank),
         scaling=adapter.weight * (alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank),
-        transposed=bool(config.get("fan_in_fan_out")) or bool(names["embedding"]),
+        transposed=bool(names["embedding"]) or _stores_in_out(config, f"{module}.weight", model_type),
         magnitude=names.get("magnitude"),
     )
     if not parameter:
@@ -261,18 +265,39 @@ def _updates(
     ]
 
 
+def _stores_in_out(config: dict[str, Any], weight: str, model_type: str) -> bool:
+    """Whether the base stores this weight as (in, out).
+
+    Heads are linear layers even where all others are Conv1D. PEFT decides for each layer by its class, and leaves in the
+    config only what it decided last.
+    """
+    return not is_head(weight) and (bool(config.get("fan_in_fan_out")) or model_type in CONV1D_MODELS)
+
+
 def _pattern_value(patterns: dict[str, Any] | None, module: str, default: float) -> float:
     """The value of the first pattern that matches the end of the module's name (peft: get_pattern_key)."""
     for pattern, value in (patterns or {}).items():
-        if not SIMPLE_PATTERN.fullmatch(pattern) or pattern.count(".*") > MAX_WILDCARDS or len(pattern) > 500:
+        if not _ends_soon(pattern):
             raise TrainError(
-                f"pattern {reprlib.repr(pattern)}: only names, dots, `\\\\d+`, `|` and up to {MAX_WILDCARDS} `.*` are understood"
+                f"pattern {reprlib.repr(pattern)}: understood are names, `\\.`, `\\d+`, `[0-9]+`, `(a|b)` and up to {MAX_WILDCARDS} `.*`"
             )
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as e:
+            raise TrainError(f"pattern {pattern!r} is not a regular expression: {e}") from e
+        if found:
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
                 raise TrainError(f"pattern {pattern!r} gives {value!r}, expected a number above 0")
             return value
     return default
+
+
+def _ends_soon(pattern: str) -> bool:
+    """Whether matching this expression against a module's name takes no time to speak of."""
+    wildcards = pattern.count("*") + pattern.count("]+")
+    choices = pattern.count("|") + pattern.count("(")
+    few = wildcards <= MAX_WILDCARDS and choices <= MAX_CHOICES and len(pattern) <= 500
+    return few and SIMPLE_PATTERN.fullmatch(pattern) is not None
 
 
 def _misfit(

@@ -25,7 +25,7 @@ from .disk import new_folder, refuse_existing, require_space, write_json
 from .lora_adapter import Adapter, read_adapter
 from .merge_plan import Plan, Source, make_plan
 from .merge_sum import Factors, Product, Rows, merged, product_of
-from .model_folder import OWN_TEMPLATE, copy_companions, has_tokenizer, read_config, write_config
+from .model_folder import OWN_TEMPLATE, copy_companions, has_tokenizer, has_vocabulary, read_config, write_config
 from .nf4 import Nf4, weights_of_folder
 from .spec import ModelSpec, TrainError
 from .tensor_files import (
@@ -240,7 +240,7 @@ def _read_prompts(args: argparse.Namespace, plan: Plan) -> list[str] | None:
 
     if args.no_proof:
         return None
-    if not has_tokenizer(plan.base):
+    if not has_tokenizer(plan.base) and not any(has_vocabulary(a.path.parent) for a in plan.adapters):
         raise TrainError(
             f"{plan.base} holds no tokenizer, which the comparison with base + adapter needs",
             "Download it again with its tokenizer, or give --no-proof.",

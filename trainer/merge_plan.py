@@ -53,10 +53,11 @@ class Plan:
     @property
     def merged_dtype(self) -> str:
         """Recipe word (bf16, fp16, fp32) of the merged weights."""
-        floats = [source for source in self.sources.values() if source.stored.is_float]
-        changed = next((source for source in floats if source.updates), floats[0])
-        stored = self.dtype or changed.stored.entry.dtype
-        return next(word for word, name in STORED_DTYPES.items() if name == stored)
+        # As they are written: an embedding that comes from the adapter may lie there in another format.
+        written = {tensor.name: tensor.dtype for shard in self.shards for tensor in shard.tensors}
+        changed = [written[name] for name, source in self.sources.items() if source.updates]
+        known = [dtype for dtype in (*changed, *written.values()) if dtype in STORED_DTYPES.values()]
+        return next(word for word, name in STORED_DTYPES.items() if name == known[0])
 
 
 def make_plan(

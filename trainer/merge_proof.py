@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def prove(subject: Subject, prompts: list[str], device: str, trust_remote_code: 
         model = loading.adapted(nf4=subject.merged_on_nf4)
         expected_TV = [_logits(model, ids_T) for ids_T in texts_T]
         with model.disable_adapter():
-            effect = _compare(expected_TV, [_logits(model, ids_T) for ids_T in texts_T])
+            effect = _compare(expected_TV, (_logits(model, ids_T) for ids_T in texts_T))
         del model
         gc.collect()
         found = _compare(expected_TV, merged_TV)
@@ -133,6 +134,8 @@ def _nearer_base(loading: _Loading, texts_T: list[Any], expected_TV: list[Any], 
 
     One of the two is the merged model itself. The other is summed and rounded in memory.
     """
+    from .model import DTYPES
+
     subject = loading.subject
     if subject.merged_on_nf4:
         trained_TV = expected_TV
@@ -141,11 +144,11 @@ def _nearer_base(loading: _Loading, texts_T: list[Any], expected_TV: list[Any], 
         other = loading.adapted(nf4=True)
         trained_TV = [_logits(other, ids_T) for ids_T in texts_T]
     other = other.merge_and_unload()
-    kind = _kind(subject.dtype)
+    kind = DTYPES[subject.dtype]
     for parameter in other.parameters():
         parameter.data = parameter.data.to(kind).to(parameter.dtype)
-    other_TV = [_logits(other, ids_T) for ids_T in texts_T]
-    own, another = _compare(trained_TV, merged_TV), _compare(trained_TV, other_TV)
+    own = _compare(trained_TV, merged_TV)
+    another = _compare(trained_TV, (_logits(other, ids_T) for ids_T in texts_T))
     names = ("nf4", "bf16") if subject.merged_on_nf4 else ("bf16", "nf4")
     distances = {names[0]: own.mean, names[1]: another.mean}
     return {
@@ -267,16 +270,11 @@ class _Loading:
         return adapted.eval()
 
 
-def _kind(dtype: str) -> Any:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-
-
 def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from . import wide_products
+    from .model import DTYPES
 
     wide_products.install()
     config: Any = _loaded(folder, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
@@ -285,7 +283,7 @@ def _load(folder: Path, dtype: str, device: Any, trust_remote_code: bool) -> Any
         del config.quantization_config
     load = AutoModelForCausalLM.from_pretrained
     return (
-        _loaded(folder, load, config=config, dtype=_kind(dtype), trust_remote_code=trust_remote_code).to(device).eval()
+        _loaded(folder, load, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code).to(device).eval()
     )
 
 
@@ -349,7 +347,8 @@ class Difference:
     num_positions: int
 
 
-def _compare(expected_TV: list[Any], found_TV: list[Any]) -> Difference:
+def _compare(expected_TV: Iterable[Any], found_TV: Iterable[Any]) -> Difference:
+    """Logits of the same texts, one text (T, V) after another: generators keep only one of them in memory."""
     import torch
 
     maximum, total, spread, agree, positions = 0.0, 0.0, 0.0, 0, 0

@@ -184,6 +184,7 @@ def _convert_gguf(path: Path, out: Path) -> None:
         # AutoTokenizer would parse the whole file once more to end in the same class.
         tokenizer = TokenizersBackend.from_pretrained(str(path.parent), gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as e:
+        # What transformers raises for a file that is cut short, has no such key, or is of an unknown architecture.
         raise TrainError(
             f"{path} cannot be converted: {e}",
             "The file may be cut short, or its architecture may be unknown to transformers; take the model from the Hub instead.",

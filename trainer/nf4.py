@@ -28,15 +28,14 @@ class Nf4:
 
     def dequantised(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight (out, in) of any dtype -> what NF4 makes of it, in `dtype`."""
-        import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         from . import cpu_dequantize
+        from .model import DTYPES
 
         cpu_dequantize.install()
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
         packed, state = quantize_4bit(
-            weight.to(kind).contiguous(),
+            weight.to(DTYPES[self.dtype]).contiguous(),
             blocksize=BLOCK_SIZE,
             compress_statistics=self.double_quant,
             quant_type="nf4",

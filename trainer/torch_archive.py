@@ -199,7 +199,9 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
         raise TrainError(f"{path}: cannot be read: {e.strerror or e}") from e
     except TrainError:
         raise
-    except (zipfile.BadZipFile, NotImplementedError, *DAMAGE) as e:
+    except (NotImplementedError, *DAMAGE) as e:
+        # zipfile says NotImplementedError for compressions and encryptions that it does not know, and anything of DAMAGE
+        # for a directory of members that was made up.
         raise TrainError(
             f"{path}: is not an archive of torch.save ({e})",
             "It is cut short, or written by torch < 1.6: save it again.",

@@ -19,7 +19,7 @@ from launcher.recipe import load_recipe
 from launcher.recipe_schema import Recipe
 from launcher.run_dir import RunDir
 
-Golden = Callable[[str, str], None]
+Golden = Callable[[str, str], str]
 GPUS = tuple(Device(str(i), "NVIDIA A100", f"GPU-{i:04d}", 80.0, 79.0, False, False, "") for i in (0, 2))
 
 RECIPE = """
@@ -83,21 +83,24 @@ def normalised(value: object, tmp_path: Path) -> str:
     return text + "\n"
 
 
-# `golden` asserts that the text is that of the file.
+MEANT = "if the change is meant: --update-golden"
 
 
 def test_flags_are_frozen(golden: Golden) -> None:
-    golden("cli_flags.txt", "\n".join(flags()) + "\n")
+    text = "\n".join(flags()) + "\n"
+    assert text == golden("cli_flags.txt", text), MEANT
 
 
 def test_recipe_keys_are_frozen(golden: Golden) -> None:
-    golden("recipe_keys.txt", "\n".join(keys(Recipe)) + "\n")
+    text = "\n".join(keys(Recipe)) + "\n"
+    assert text == golden("recipe_keys.txt", text), MEANT
 
 
 def test_plan_is_golden(plan: dict, tmp_path: Path, golden: Golden) -> None:
     # The digest is taken over absolute paths, which differ from machine to machine.
     assert len(plan.pop("digest")) == 16
-    golden("plan_qwen_qlora_2gpu.json", normalised(plan, tmp_path))
+    text = normalised(plan, tmp_path)
+    assert text == golden("plan_qwen_qlora_2gpu.json", text), MEANT
 
 
 def test_worker_reads_back_exactly_what_was_planned(plan: dict) -> None:

@@ -204,6 +204,42 @@ def test_a_vocabulary_that_grew_comes_with_its_tokenizer(tmp_path, bases, family
     assert "lacks the new tokens" in capsys.readouterr().out
 
 
+def test_an_embedding_that_the_adapter_keeps_in_fp32_is_merged_as_the_base_is_stored(tmp_path, bases):
+    """PEFT saves what it trained in fp32; the merged model is one of bf16 all the same, and judged as such."""
+    base = bases["llama bf16"]
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32, target_modules=["embed_tokens", "q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    whole = weights(base)["model.embed_tokens.weight"].float()
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file({name: whole} | load_file(path), path)
+    out = merge(base, adapter, tmp_path / "out")
+    report = json.loads((out / "merge_report.json").read_text())
+    assert (report["dtype"], report["verified"]) == ("bf16", True)
+    assert {t.dtype for t in weights(out).values()} == {torch.bfloat16}
+
+
+def test_a_head_beside_layers_that_store_in_out(tmp_path, bases):
+    """fan_in_fan_out is of GPT-2's Conv1D layers; its head is a linear one, tied to the embedding here."""
+    options = {"target_modules": ["c_attn", "c_proj", "lm_head"], "fan_in_fan_out": True}
+    adapter = save_adapter(tmp_path / "adapter", bases["gpt2"], torch.float32, **options)
+    # What PEFT decided for the last layer, the head; attn.c_proj is square, so no shape tells.
+    assert json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    out = merge(bases["gpt2"], adapter, tmp_path / "out", "--no-proof")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_proved(bases["gpt2"], adapter, out)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"layers\.(0|1)\.self_attn\.q_proj", r"layers\.[0-9]+\..*k_proj", r"^model\..*v_proj$"]
+)
+def test_patterns_as_people_write_them(tmp_path, bases, pattern):
+    adapter = save_adapter(tmp_path / "adapter", bases["llama"], torch.float32, rank_pattern={pattern: 7})
+    ranks = {t.shape[0] for n, t in load_file(adapter / "adapter_model.safetensors").items() if ".lora_A." in n}
+    assert ranks == {4, 7}
+    out = merge(bases["llama"], adapter, tmp_path / "ours", "--no-proof")
+    assert_same_bits(weights(out), peft_merge(bases["llama"], adapter, tmp_path / "theirs", torch.float32))
+
+
 def test_a_vocabulary_that_grew_on_one_side_only_is_refused(tmp_path, bases):
     adapter = save_adapter(tmp_path / "adapter", bases["llama"], torch.float32, modules_to_save=["lm_head"])
     path = adapter / "adapter_model.safetensors"
@@ -382,8 +418,10 @@ def test_an_adapter_brings_no_code(tmp_path, bases):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rank_pattern": {"(.*.*)*(.*.*)*x": 4}}, "are understood"),
-        ({"rank_pattern": {".*a.*b.*c.*d": 4}}, "are understood"),
+        ({"rank_pattern": {"(.*.*)*(.*.*)*x": 4}}, "understood are names"),
+        ({"rank_pattern": {".*a.*b.*c.*d": 4}}, "understood are names"),
+        ({"rank_pattern": {"(a|b)" * 9: 4}}, "understood are names"),
+        ({"rank_pattern": {"(q_proj": 4}}, "is not a regular expression"),
         ({"rank_pattern": {"q_proj": float("inf")}}, "expected a number above 0"),
         ({"rank_pattern": {"q_proj": 4.5}}, "expected a whole number"),
         ({"alpha_pattern": {"q_proj": "1"}}, "expected a number above 0"),

@@ -179,6 +179,15 @@ def test_another_step_than_the_files_own_is_refused(tmp_path, base):
     assert consolidated(path, tmp_path / "out", "--step", "7")
 
 
+def test_an_alpha_that_contradicts_the_config_beside_it_is_refused(tmp_path, base):
+    model, weights = adapter_weights(base)
+    torch.save(weights, tmp_path / "a.pth")
+    model.peft_config["default"].save_pretrained(str(tmp_path))
+    with pytest.raises(TrainError, match="says lora_alpha 6, --lora-alpha 8"):
+        consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
+    assert consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "6")
+
+
 def test_names_that_are_no_adapters(tmp_path):
     torch.save(
         {"q_proj.lora_A.weight": torch.zeros(2, 3), "q_proj.lora_B.weight": torch.zeros(3, 2)}, tmp_path / "a.pth"
