@@ -11,7 +11,16 @@ from typing import Any
 
 from .checkpoint_format import MANIFEST, Manifest, read_manifest
 from .foreign import ForeignCheckpoint, Slice
-from .model_folder import ADAPTER_WEIGHTS, BUFFERS, has_weights, is_head, read_config, stored_tensors
+from .model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_PREFIX,
+    ADAPTER_WEIGHTS,
+    BUFFERS,
+    has_weights,
+    is_head,
+    read_config,
+    stored_tensors,
+)
 from .spec import TrainError
 from .tensor_files import STORED_DTYPES, Shard, StoredTensor, plan_shards
 from .tensor_header import TensorSpec
@@ -56,8 +65,12 @@ def make_plan(
                 f"{len(lost)} weights were not trained and are not in the shards, such as {lost[0]}",
                 "Give the folder of the model that training began with: --base FOLDER.",
             )
-        return dataclasses.replace(plan, slices=foreign.slices)
-    return _make_plan(step_dir, read_manifest(step_dir), dtype, base, max_bytes)
+        plan = dataclasses.replace(plan, slices=foreign.slices)
+    else:
+        plan = _make_plan(step_dir, read_manifest(step_dir), dtype, base, max_bytes)
+    if plan.manifest.method != "full" and not (foreign is not None and foreign.inferred):
+        _check_complete(plan)
+    return plan
 
 
 def _make_plan(
@@ -117,6 +130,32 @@ def _check_pairs(step_dir: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             problems.append(f"{name} {list(shape)} and lora_B {list(shapes[other])} have no common rank")
     if problems:
         raise TrainError(f"{step_dir / MANIFEST}: " + "\n".join(problems))
+
+
+def _check_complete(plan: Plan) -> None:
+    """Raises TrainError when a layer of the base has no adapter although layers of its kind have, and the config wants all.
+
+    Nothing is known of a base without weights here, nor where the config picks layers in a way of its own.
+    """
+    config, base = plan.config, plan.base
+    adapted = {n.removeprefix(ADAPTER_PREFIX).partition(".lora_A.")[0] for n in plan.parameters if ".lora_A." in n}
+    targets = config.get("target_modules")
+    picks = ("layers_to_transform", "exclude_modules", "target_parameters")
+    if base is None or not has_weights(base) or any(config.get(key) for key in picks):
+        return
+    if not isinstance(targets, list) and targets != "all-linear":
+        return
+    kinds = {re.sub(r"\d+", "#", module) for module in adapted}
+    of_kind = [n.removesuffix(".weight") for n in stored_tensors(base) if n.endswith(".weight")]
+    of_kind = [module for module in of_kind if re.sub(r"\d+", "#", module) in kinds]
+    if isinstance(targets, list):
+        of_kind = [m for m in of_kind if any(f".{m}".endswith(f".{target}") for target in targets)]
+    missing = [module for module in of_kind if module not in adapted]
+    if missing:
+        raise TrainError(
+            f"{plan.step_dir}: {len(missing)} of the layers that {ADAPTER_CONFIG} names have no adapter, such as {missing[0]}",
+            "The checkpoint is not whole: take another step, or restore its files.",
+        )
 
 
 def _plan_model(

@@ -43,7 +43,9 @@ class ForeignCheckpoint:
     base: Path | None
     """Folder of the model that training began with, where one is known."""
     notes: tuple[str, ...]
-    """What was inferred."""
+    """What was inferred, and what was left out."""
+    inferred: bool = False
+    """The adapter's config follows from its weights: nobody says which layers it should have."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def describe(
         state={},
     )
     rest = () if is_adapter else tuple(plain[name] for name in frozen)
-    return ForeignCheckpoint(manifest, {short: slices[name] for name, short in names.items()}, rest, base, notes)
+    pieces = {short: slices[name] for name, short in names.items()}
+    return ForeignCheckpoint(manifest, pieces, rest, base, notes, inferred=is_adapter and not _config_lies_in(home))
 
 
 def common_dtype(tensors: Iterable[ArchiveTensor]) -> str:
@@ -191,11 +194,15 @@ def _names_in(base: Path, names: dict[str, str]) -> dict[str, str]:
     return names
 
 
+def _config_lies_in(home: Path | None) -> bool:
+    return home is not None and (home / ADAPTER_CONFIG).is_file()
+
+
 def _adapter_config(
     known: Known, settings: dict[str, Any], parameters: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(adapter_config, what was inferred). Raises TrainError when lora_alpha is nowhere."""
-    if known.home is not None and (known.home / ADAPTER_CONFIG).is_file():
+    if known.home is not None and _config_lies_in(known.home):
         config = read_json(known.home / ADAPTER_CONFIG)
         if known.given.alpha not in (None, config.get("lora_alpha")):
             raise TrainError(

@@ -188,6 +188,23 @@ def test_an_alpha_that_contradicts_the_config_beside_it_is_refused(tmp_path, bas
     assert consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "6")
 
 
+def test_a_layer_without_its_adapter_is_missed(tmp_path, base):
+    model, weights = adapter_weights(base)
+    model.peft_config["default"].save_pretrained(str(tmp_path))
+    lost = {name: t for name, t in weights.items() if "layers.1.mlp.up_proj" not in name}
+    path = checkpoint(tmp_path / "iter_7.pth", lost, base)
+    with pytest.raises(TrainError, match=r"1 of the layers .* have no adapter, such as model\.layers\.1\.mlp\.up_proj"):
+        consolidated(path, tmp_path / "out")
+    # Adapters of some layers only, as their config says.
+    model = adapted(base, layers_to_transform=[0], target_modules=["q_proj", "up_proj"])
+    model.peft_config["default"].save_pretrained(str(tmp_path))
+    some = {f"llm.{name}": p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+    assert len(consolidated(checkpoint(path, some, base), tmp_path / "some")) == len(some) < len(weights)
+    # Without a config nobody knows which layers there should be.
+    (tmp_path / "adapter_config.json").unlink()
+    assert len(consolidated(checkpoint(path, lost, base), tmp_path / "lost")) == len(lost)
+
+
 def test_names_that_are_no_adapters(tmp_path):
     torch.save(
         {"q_proj.lora_A.weight": torch.zeros(2, 3), "q_proj.lora_B.weight": torch.zeros(3, 2)}, tmp_path / "a.pth"
