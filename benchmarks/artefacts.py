@@ -13,7 +13,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,16 +21,16 @@ from typing import Any
 
 import yaml
 
-from cluster.processes import start_process
-
 from .contenders import DROPPED_VARIABLES
 from .model_shapes import SHAPES, write_adapter, write_checkpoint, write_model
 from .peer_venvs import PEERS, BenchError, ensure_venv
+from .processes import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ("consolidate", "consolidate_1b", "adapter_7b", "merge", "merge_1.5b", "memory")
 RANK = 64
 LIMIT_S = 900
+POLL_S = 0.005
 BARE = "python with numpy"
 COPY = "cp of the result"
 
@@ -204,32 +203,17 @@ def measure(entries: list[Entry], repeat: int, work: Path) -> None:
             for path in (entry.out, *(e.out for e in entries if e.contender == COPY)):
                 shutil.rmtree(path, ignore_errors=True)
             log = work / f"{entry.row}_{entries.index(entry)}.log"
-            seconds, peak_mb, code = _timed(entry.argv, environment, work, log)
-            if code != 0:
-                entry.failed = f"exit {code}, see {log}"
+            log.unlink(missing_ok=True)
+            os.sync()
+            ended = run_command(entry.argv, environment, work, log, LIMIT_S, poll_s=POLL_S, sampled=False)
+            if ended.exit_code != 0 or ended.timed_out:
+                entry.failed = f"exit {ended.exit_code}{', over its limit' * ended.timed_out}, see {log}"
             elif number > 0:
-                entry.seconds.append(round(seconds, 3))
-                entry.peak_mb.append(round(peak_mb, 1))
+                entry.seconds.append(round(ended.seconds, 3))
+                entry.peak_mb.append(round(ended.max_rss_mb, 1))
                 entry.result_mb = sum(f.stat().st_size for f in entry.out.rglob("*") if f.is_file()) / 2**20
     for entry in entries:
         shutil.rmtree(entry.out, ignore_errors=True)
-
-
-def _timed(argv: list[str], environment: dict[str, str], cwd: Path, log: Path) -> tuple[float, float, int]:
-    """(seconds, peak of its largest process in 2**20 bytes, exit code)."""
-    log.unlink(missing_ok=True)
-    os.sync()
-    started = time.perf_counter()
-    process = start_process(argv, environment, str(cwd), str(log))
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        seconds = time.perf_counter() - started
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return seconds, usage.ru_maxrss / 1024, process.returncode
-        if seconds > LIMIT_S:
-            process.kill()
-        time.sleep(0.005)
 
 
 def write_page(entries: list[Entry], out: Path) -> None:

@@ -54,10 +54,13 @@ def run_command(
     log: Path,
     limit_s: float,
     finished: Callable[[], bool] = lambda: False,
+    poll_s: float = POLL_S,
+    sampled: bool = True,
 ) -> Ended:
     """Run `argv` until it ends, `limit_s` is over, or `finished()`: then it gets one SIGINT, as from Ctrl-C.
 
-    Nothing that it started outlives this call. Raises ClusterError when it cannot be started.
+    Looked at every `poll_s`, which is how exact its seconds are. Not `sampled`, it is left alone, and `max_rss_mb` is what is
+    known of its memory. Nothing that it started outlives this call. Raises ClusterError when it cannot be started.
     """
     tag = f"bench/{os.getpid()}/{log.stem}/{time.time():.6f}"
     started, clock = time.time(), time.monotonic()
@@ -75,15 +78,16 @@ def run_command(
                 process.returncode = os.waitstatus_to_exitcode(status)
                 rss_mb = usage.ru_maxrss / 1024
                 return Ended(process.returncode, started, now - clock, rss_mb, timed_out, tuple(samples))
-            samples.append(_sample(process.pid, with_pss=now >= next_pss))
-            next_pss = now + PSS_EVERY_S if now >= next_pss else next_pss
+            if sampled:
+                samples.append(_sample(process.pid, with_pss=now >= next_pss))
+                next_pss = now + PSS_EVERY_S if now >= next_pss else next_pss
             if not stop_at and (finished() or now - clock > limit_s):
                 timed_out = now - clock > limit_s
                 stop_at = now + STOP_S
                 os.kill(process.pid, signal.SIGINT)
             elif stop_at and now > stop_at:
                 kill_tree(identity, tag, STOP_S)
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
     finally:
         kill_tree(identity, tag, STOP_S)
 
