@@ -35,6 +35,8 @@ def _find(target: str, files: bool = False) -> RunDir | Path:
         if files:
             return path.resolve()
         raise LaunchError(f"{target} is a file", "Give a folder: a run, an adapter or a model.")
+    if "/" in target and not path.exists():
+        raise LaunchError(f"{target} does not exist", "Give the id of a run, `last`, or the path of a folder.")
     return find_run(target, runs_dir())
 
 

@@ -204,11 +204,7 @@ def _adapter_config(
     """(adapter_config, what was inferred). Raises TrainError when lora_alpha is nowhere."""
     if known.home is not None and _config_lies_in(known.home):
         config = read_json(known.home / ADAPTER_CONFIG)
-        if known.given.alpha not in (None, config.get("lora_alpha")):
-            raise TrainError(
-                f"{known.home / ADAPTER_CONFIG} says lora_alpha {config.get('lora_alpha')}, --lora-alpha {known.given.alpha:g}",
-                "Leave --lora-alpha out, or correct that file.",
-            )
+        _check_alpha(known.given.alpha, config.get("lora_alpha"), str(known.home / ADAPTER_CONFIG))
         return config, ()
     layers = {n.partition(".lora_A.")[0]: s[0] for n, s in parameters.items() if ".lora_A." in n and s}
     if not layers or not all(name.startswith(ADAPTER_PREFIX) for name in layers):
@@ -216,6 +212,8 @@ def _adapter_config(
     rank = Counter(layers.values()).most_common(1)[0][0]
     others = {layer.removeprefix(ADAPTER_PREFIX): r for layer, r in layers.items() if r != rank}
     targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    if "lora_alpha" in settings:
+        _check_alpha(known.given.alpha, settings["lora_alpha"], "the training program's config")
     alpha = known.given.alpha if known.given.alpha is not None else settings.get("lora_alpha")
     if alpha is None:
         raise TrainError(
@@ -239,6 +237,12 @@ def _adapter_config(
     return config, (
         f"no {ADAPTER_CONFIG}: rank {rank} and targets {', '.join(targets)} inferred, lora_alpha {alpha:g} {source}",
     )
+
+
+def _check_alpha(given: float | None, known: Any, where: str) -> None:
+    """Raises TrainError when the command line says another lora_alpha than was trained with."""
+    if given not in (None, known):
+        raise TrainError(f"{where} says lora_alpha {known}, --lora-alpha {given:g}", "Leave --lora-alpha out.")
 
 
 def _program_settings(text: str) -> dict[str, Any]:

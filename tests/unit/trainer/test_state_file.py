@@ -186,6 +186,10 @@ def test_an_alpha_that_contradicts_the_config_beside_it_is_refused(tmp_path, bas
     with pytest.raises(TrainError, match="says lora_alpha 6, --lora-alpha 8"):
         consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "8")
     assert consolidated(tmp_path / "a.pth", tmp_path / "out", "--lora-alpha", "6")
+    (tmp_path / "adapter_config.json").unlink()
+    path = checkpoint(tmp_path / "iter_7.pth", weights, base)
+    with pytest.raises(TrainError, match="config says lora_alpha 6, --lora-alpha 8"):
+        consolidated(path, tmp_path / "other", "--lora-alpha", "8")
 
 
 def test_a_layer_without_its_adapter_is_missed(tmp_path, base):
