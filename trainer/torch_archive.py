@@ -35,6 +35,9 @@ from .tensor_header import DTYPE_BITS
 
 MAX_PICKLE_BYTES = 2**25
 MAX_DIMENSIONS = 64
+MAX_TUPLE_SIZE = 100_000
+"""Elements of a tuple, those of the tuples in it included."""
+_MARK = -1
 STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
@@ -318,10 +321,42 @@ def _size(values: Any) -> tuple[Any, ...]:
 
 
 def check_opcodes(data: bytes, path: Path) -> None:
-    """Raises TrainError for a pickle that asks for more memory than it can use: a place in the memo far from the last one."""
+    """Raises TrainError for a pickle of few bytes that would take no end of memory or time.
+
+    Two things do: a place in the memo far behind the last one, and tuples of the same tuple, whose hash and text double with
+    every level. So the stack of the pickle is followed with the number of elements of each tuple in place of the tuple.
+    """
+    sizes: list[int] = []
+    memo: dict[int, int] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > number:  # type: ignore[arg-type]  # a number there
-            raise TrainError(f"{path}: its pickle is damaged (place {argument} of its memo)", "Copy or save it again.")
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if name == "MEMOIZE" else int(argument)  # type: ignore[arg-type]  # a number there
+            if place > number:
+                raise TrainError(f"{path}: its pickle is damaged (place {place} of its memo)", "Copy or save it again.")
+            memo[place] = sizes[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            sizes.append(memo[int(argument)])  # type: ignore[arg-type]
+        elif name == "MARK":
+            sizes.append(_MARK)
+        else:
+            taken = _taken(opcode, sizes)
+            grows = name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "NEWOBJ", "DUP")
+            size = 1 + sum(taken) if grows else 1
+            if size > MAX_TUPLE_SIZE:
+                raise TrainError(f"{path}: its pickle nests tuples without end", "Copy or save it again.")
+            sizes += [size] * len(opcode.stack_after)
+
+
+def _taken(opcode: pickletools.OpcodeInfo, sizes: list[int]) -> list[int]:
+    """What the opcode takes from the stack. Raises IndexError when that is not there."""
+    taken: list[int] = []
+    before = opcode.stack_before
+    if pickletools.markobject in before:
+        while (size := sizes.pop()) != _MARK:
+            taken.append(size)
+        before = before[: before.index(pickletools.markobject)]
+    return taken + [sizes.pop() for _ in before]
 
 
 def _first(tensor: Any, *rest: Any) -> Any:

@@ -261,6 +261,25 @@ def test_a_memo_that_would_fill_the_memory_is_refused(tmp_path: Path, content: b
         read_archive(path)
 
 
+def test_tuples_of_tuples_that_would_double_for_ever_are_refused(tmp_path: Path) -> None:
+    """Sixty bytes more double the time that a hash, or a message, takes."""
+    nested: object = (1, 1)
+    for _ in range(60):
+        nested = (nested, nested)
+    for protocol in (2, 4):
+        for content in (pickle.dumps(nested, protocol), pickle.dumps({"a": [nested]}, protocol)):
+            path = tmp_path / "x.pt"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("x/data.pkl", content)
+            with pytest.raises(TrainError, match="nests tuples without end"):
+                read_archive(path)
+    again = b"".join((b"\x80\x02K\x01", b"2\x86" * 60, b"}", b"."))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", again)
+    with pytest.raises(TrainError, match="nests tuples without end"):
+        read_archive(path)
+
+
 @pytest.mark.parametrize(("at", "value"), [(6, 1), (8, 99)])
 def test_encrypted_and_unknown_kinds_of_members_are_named(tmp_path: Path, at: int, value: int) -> None:
     path = tmp_path / "x.pt"
