@@ -76,13 +76,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true", help="this project, DeepSpeed and PEFT only")
     args = parser.parse_args(argv)
+    rows = args.rows.split(",")
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise BenchError(f"--rows {','.join(unknown)}: unknown", f"Allowed: {', '.join(ROWS)}.")
+    if not (args.smollm2 / "config.json").is_file():
+        raise BenchError(f"--smollm2 {args.smollm2} is no model folder", "prepared.json of a demo run names one.")
     args.smollm2, args.work = args.smollm2.absolute(), args.work.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     done: list[Entry] = []
-    for row in args.rows.split(","):
-        if row not in ROWS:
-            raise BenchError(f"--rows {row}: unknown", f"Allowed: {', '.join(ROWS)}.")
+    for row in rows:
         for entries in entries_of(row, args):
             measure(entries, args.repeat, args.work)
             done += entries
@@ -104,7 +107,8 @@ def entries_of(row: str, args: argparse.Namespace) -> Iterator[list[Entry]]:
         base = _made(write_model, "llama_1.1b", work / "llama_1.1b", args.smollm2)
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         for zero, ranks in ((2, 2), (2, 4), (3, 2), (3, 4)):
-            folder = _made(write_checkpoint, work / "llama_checkpoint", config, zero, ranks)
+            # Of its own name: one that an interrupted run left must not pass for another.
+            folder = _made(write_checkpoint, work / f"llama_1.1b_zero{zero}_{ranks}", config, zero, ranks)
             yield _consolidating(row, f"1.1B, ZeRO-{zero}, {ranks} shards", folder, base, work)
             shutil.rmtree(folder)
     elif row == "adapter_7b":

@@ -96,5 +96,6 @@ def test_rows(tmp_path):
     ours = consolidating[0][:1]
     measure(ours, 1, tmp_path)
     assert ours[0].failed == ""
-    with pytest.raises(BenchError, match="unknown"):
-        main(["--rows", "x", "--smollm2", str(base), "--work", str(tmp_path), "--out", str(tmp_path)])
+    for rows, model, said in (("merge,x", base, "x: unknown"), ("merge", tmp_path / "absent", "is no model folder")):
+        with pytest.raises(BenchError, match=said):
+            main(["--rows", rows, "--smollm2", str(model), "--work", str(tmp_path), "--out", str(tmp_path)])
