@@ -35,6 +35,17 @@ class JobState(enum.Enum):
 
 
 @dataclass(frozen=True)
+class NodeShare:
+    """One host's part of a job that spans several."""
+
+    host: str
+    """As the backend knows it: an ssh destination, or the address of a Ray node ("" where Ray is to choose)."""
+    num_processes: int
+    devices: tuple[str, ...]
+    """Device UUIDs of this host, one per process in rank order; empty on CPU, and where Ray is to choose."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """One stage of a run, as processes. Frozen: a retry is a new job."""
 
@@ -52,6 +63,8 @@ class JobSpec:
     """Absolute folder that receives rank_N.log, agent.log and failure_rank_N.json (see `Failure`)."""
     cwd: str
     run_id: str
+    nodes: tuple[NodeShare, ...] = ()
+    """The hosts that carry it, in rank order; empty: this host alone. `num_processes` and `devices` are over all of them."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.inventory import Selection
 from cluster.job import JobSpec
+from cluster.nodes import Node
 from trainer.ds_config import deepspeed_config
 from trainer.spec import (
     SPEC_VERSION,
@@ -57,6 +58,8 @@ class Options:
     warnings: tuple[str, ...]
     """What is odd about this machine's environment."""
     profile_steps: tuple[int, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    """The hosts of a run that spans several, in rank order; `plan_run` gets all their devices as one selection."""
     compiler: str = ""
     """What torch.compile would call on this machine; "" for nothing."""
 
@@ -127,7 +130,7 @@ def plan_run(
     return Plan(
         spec=spec,
         backend=options.backend,
-        jobs=jobs_of(spec, selection, run, attempt=1),
+        jobs=jobs_of(spec, selection, run, 1, options.nodes),
         devices=tuple(dataclasses.asdict(d) for d in selection.devices),
         reasons=tuple(reasons),
         warnings=tuple(warnings),

@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.environment import device_env
 from cluster.inventory import Selection
 from cluster.job import JobSpec
+from cluster.nodes import Node, combined
 from trainer.spec import TrainSpec
 
 from .errors import LaunchError
@@ -26,15 +27,21 @@ def stage_names(spec: TrainSpec) -> tuple[str, ...]:
     return tuple(s for s in STAGES if s != "merge" or spec.method.name != "full")
 
 
-def jobs_of(spec: TrainSpec, selection: Selection, run: RunDir, attempt: int) -> tuple[JobSpec, ...]:
-    """One job a stage, in order. Only training uses more than one process."""
-    return tuple(_job(name, spec, selection, run, attempt) for name in stage_names(spec))
+def jobs_of(
+    spec: TrainSpec, selection: Selection, run: RunDir, attempt: int, nodes: tuple[Node, ...] = ()
+) -> tuple[JobSpec, ...]:
+    """One job a stage, in order. Only training uses more than one process, and more than the first of `nodes`."""
+    return tuple(_job(name, spec, selection, run, attempt, nodes) for name in stage_names(spec))
 
 
-def _job(name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt: int) -> JobSpec:
+def _job(
+    name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt: int, nodes: tuple[Node, ...]
+) -> JobSpec:
     log_dir = run.logs(attempt, name)
     is_train = name == "train"
-    used = selection if is_train else _first_device(selection)
+    if nodes and not is_train:
+        nodes = (dataclasses.replace(nodes[0], selection=_first_device(nodes[0].selection)),)
+    used = combined(nodes) if nodes else selection if is_train else _first_device(selection)
     log_args = () if spec.debug else ("--log-dir", str(log_dir))
     return JobSpec(
         name=name,
@@ -46,6 +53,7 @@ def _job(name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt:
         log_dir=str(log_dir),
         cwd=str(run.root),
         run_id=spec.run_id,
+        nodes=tuple(node.share for node in nodes),
     )
 
 
