@@ -214,7 +214,7 @@ class TestTorchrun:
         processes = members(spec, 2)
         torchrun.kill(handle)
         assert not any(is_alive(p) for p in processes)
-        assert not is_alive(handle.identity)
+        assert not is_alive(handle.root.identity)
         assert finish(torchrun, handle).state is JobState.STOPPED
 
     def test_kill_minus_nine_of_the_launcher_ends_all_ranks(self, torchrun, job, tmp_path):
