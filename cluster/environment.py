@@ -25,6 +25,17 @@ RANK_VARIABLES = (
 )
 """Set for workers by us; values from an outer job would make workers wait for strangers."""
 
+SINGLE_RANK = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    # 0 lets the operating system choose a free one, which a group of one can do.
+    "MASTER_PORT": "0",
+}
+"""What a worker that has no peers is told; no agent does it."""
+
 _DROPPED = frozenset((*RANK_VARIABLES, "PYTHON_EXEC"))
 # torch.distributed.run takes the default of each of its flags from PET_<FLAG>, and the worker's Python from PYTHON_EXEC.
 _DROPPED_PREFIXES = ("TORCHELASTIC_", "PET_")
@@ -69,6 +80,24 @@ _ALSO_REAL = frozenset(
 )
 
 
+_TRAVELS = frozenset(
+    (
+        "CUDA_LAUNCH_BLOCKING",
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "MODELSCOPE_CACHE",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "TOKENIZERS_PARALLELISM",
+        "TRANSFORMERS_OFFLINE",
+        "TUNELAUNCH_CACHE",
+    )
+)
+_TRAVELLING_PREFIXES = ("GLOO_", "NCCL_", "TORCH_DISTRIBUTED_", "TORCH_NCCL_", "UCX_", "FI_")
+
 CPU_ENVIRONMENT = {
     # GNU OpenMP's own default spins so long at the end of each parallel region that one other busy process on the host made
     # training steps more than ten times slower; with this they were three times slower, and as fast on a quiet host.
@@ -85,10 +114,13 @@ CPU_ENVIRONMENT = {
 
 def device_env(selection: Selection) -> dict[str, str]:
     """The variables that make exactly the selected devices visible, and the thread count of each process."""
-    env = {**visible_devices_env(selection.uuids), "OMP_NUM_THREADS": str(selection.threads_per_process)}
-    if selection.kind == "cpu":
-        env |= CPU_ENVIRONMENT
-    return env
+    return visible_devices_env(selection.uuids) | compute_env(selection)
+
+
+def compute_env(selection: Selection) -> dict[str, str]:
+    """The thread count of each process, and how it allocates memory."""
+    threads = {"OMP_NUM_THREADS": str(selection.threads_per_process)}
+    return threads | CPU_ENVIRONMENT if selection.kind == "cpu" else threads
 
 
 def visible_devices_env(uuids: tuple[str, ...]) -> dict[str, str]:
@@ -99,10 +131,14 @@ def visible_devices_env(uuids: tuple[str, ...]) -> dict[str, str]:
 
 
 def job_env(job: JobSpec, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The whole environment of a job's first process.
+    """The whole environment of a job's first process on this host. Pure."""
+    env = base_env(inherited, job.devices, job.env)
+    return env | SINGLE_RANK if job.num_processes == 1 else env
 
-    Inherited, without rank variables of an outer job and without the entries of PYTHONPATH that depend on the current
-    folder (a user's folder may hold a `trainer.py`); then ours; then `job.env`. Pure.
+
+def base_env(inherited: Mapping[str, str], devices: tuple[str, ...], own: Mapping[str, str]) -> dict[str, str]:
+    """Inherited, without rank variables of an outer job and without the entries of PYTHONPATH that depend on the current
+    folder (a user's folder may hold a `trainer.py`); then the devices; then `own`. Pure.
     """
     env = {k: v for k, v in inherited.items() if k not in _DROPPED and not k.startswith(_DROPPED_PREFIXES)}
     python_path = [p for p in env.pop("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
@@ -110,13 +146,16 @@ def job_env(job: JobSpec, inherited: Mapping[str, str]) -> dict[str, str]:
         env["PYTHONPATH"] = os.pathsep.join(python_path)
     env |= {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     env["PYTHONUTF8"] = "1"  # logs are UTF-8 under a GBK locale too
-    env |= visible_devices_env(job.devices)
-    env |= job.env
-    if job.num_processes == 1:
-        # Port 0 lets the operating system choose a free one, which a group of one can do.
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        env |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    return env
+    return env | visible_devices_env(devices) | dict(own)
+
+
+def travelling(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What of this process's environment goes along to workers on other hosts: settings by name, never what may be secret. Pure."""
+    return {
+        name: value
+        for name, value in sorted(inherited.items())
+        if (name in _TRAVELS or name.startswith(_TRAVELLING_PREFIXES)) and "@" not in value
+    }
 
 
 def environment_warnings(env: Mapping[str, str]) -> list[str]:

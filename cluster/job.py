@@ -43,6 +43,20 @@ class NodeShare:
     num_processes: int
     devices: tuple[str, ...]
     """Device UUIDs of this host, one per process in rank order; empty on CPU, and where Ray is to choose."""
+    python: str = ""
+    """Its Python; "": the same path as here."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How the hosts of a job come together, and when one of them counts as lost."""
+
+    port: int = 0
+    """TCP port of the first host at which the ranks meet; 0 takes a free one."""
+    wait_s: float = 120.0
+    """How long they may take to come together."""
+    silence_s: float = 60.0
+    """A host that is not heard for this long is lost, and ends its own processes."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class JobSpec:
     run_id: str
     nodes: tuple[NodeShare, ...] = ()
     """The hosts that carry it, in rank order; empty: this host alone. `num_processes` and `devices` are over all of them."""
+    meeting: Meeting = Meeting()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ class Node:
     host: str
     """As the backend knows it: an ssh destination, or the address of a Ray node ("" where Ray is to choose)."""
     selection: Selection
+    python: str = ""
+    """Its Python; "": the same path as here."""
 
     @property
     def share(self) -> NodeShare:
-        return NodeShare(self.host, self.selection.num_processes, self.selection.uuids)
+        return NodeShare(self.host, self.selection.num_processes, self.selection.uuids, self.python)
 
 
 def combined(nodes: tuple[Node, ...]) -> Selection:

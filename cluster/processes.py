@@ -113,11 +113,15 @@ def descendants(pid: int) -> tuple[ProcessIdentity, ...]:
 
 
 def tagged(tag: str) -> tuple[ProcessIdentity, ...]:
-    """Living processes, other than this one, that were started with TAG_VARIABLE=`tag`.
+    """Living processes, other than this one, that were started with TAG_VARIABLE=`tag`; with a tag that begins so, if it ends in "/".
 
     Finds workers whose parent died before them: they have a new parent, but their environment stays.
     """
     entry = f"{TAG_VARIABLE}={tag}".encode()
+
+    def is_meant(variable: bytes) -> bool:
+        return variable == entry or (tag.endswith("/") and variable.startswith(entry))
+
     found: list[ProcessIdentity] = []
     for pid in _all_pids():
         identity = ProcessIdentity.of(pid)
@@ -125,7 +129,12 @@ def tagged(tag: str) -> tuple[ProcessIdentity, ...]:
             environ = Path(f"/proc/{pid}/environ").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # ended meanwhile, or another user's
-        if entry in environ.split(b"\0") and identity is not None and pid != os.getpid() and is_alive(identity):
+        if (
+            any(map(is_meant, environ.split(b"\0")))
+            and identity is not None
+            and pid != os.getpid()
+            and is_alive(identity)
+        ):
             found.append(identity)
     return tuple(found)
 
@@ -151,6 +160,18 @@ def kill_tree(root: ProcessIdentity, tag: str, wait_s: float) -> tuple[ProcessId
         time.sleep(0.02)
 
 
+def kill_tagged(tag: str, wait_s: float) -> None:
+    """SIGKILL to all processes tagged so (see `tagged`). Raises ClusterError when some are left after `wait_s`."""
+    deadline = time.monotonic() + wait_s
+    while alive := tagged(tag):
+        if time.monotonic() >= deadline:
+            pids = ", ".join(str(member.pid) for member in alive)
+            raise ClusterError(f"an earlier attempt's processes do not end: pid {pids}", "Restart the host.", 75)
+        for member in alive:
+            signal_process(member, signal.SIGKILL)
+        time.sleep(0.02)
+
+
 def die_with_parent(signum: int = signal.SIGTERM, parent_pid: int | None = None) -> None:
     """Asks the kernel to send `signum` to the calling process when the thread that created it ends. Linux only.
 
@@ -162,6 +183,26 @@ def die_with_parent(signum: int = signal.SIGTERM, parent_pid: int | None = None)
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(128 + signum)
+
+
+def start_piped(argv: Sequence[str], log_file: str) -> subprocess.Popen[bytes]:
+    """Starts `argv` in a session of its own, with pipes as stdin and stdout, and stderr appended to `log_file`.
+
+    It ends when the calling thread does (see `start_process`). Raises ClusterError when it cannot be started.
+    """
+    try:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        with open(log_file, "ab") as log:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_on_start(outlives_us=False),
+            )
+    except (OSError, subprocess.SubprocessError) as e:
+        raise ClusterError(f"cannot start {argv[0]}: {e}", "Install it, or put it on PATH.") from e
 
 
 def _on_start(outlives_us: bool) -> Callable[[], None] | None:

@@ -8,6 +8,7 @@ from .job import Backend, ClusterError
 
 BACKENDS = {
     "torchrun": "cluster.torchrun_backend:TorchrunBackend",
+    "ssh": "cluster.ssh_backend:SshBackend",
     "debug": "cluster.debug_backend:DebugBackend",
 }
 """Name -> module:class. Imported on demand, so that one backend's libraries never burden another."""

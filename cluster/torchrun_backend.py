@@ -15,7 +15,7 @@ from .root_process import RootProcess
 
 GRACEFUL_S = 6
 """After SIGTERM workers have this long before the agent sends SIGKILL; with the launcher gone, none lives on for 10 s."""
-_AGENT_LOG_LINES = 2000
+AGENT_LOG_LINES = 2000
 
 
 @dataclass
@@ -39,21 +39,10 @@ class TorchrunBackend:
     name = "torchrun"
 
     def command(self, job: JobSpec) -> tuple[str, ...]:
-        """The exact argv. `-P` keeps the current folder, where a user's `trainer.py` may lie, out of the import path."""
-        python = (sys.executable, "-P", "-m")
-        if job.num_processes == 1:
-            return (*python, job.entrypoint, *job.args)
-        agent = (
-            "torch.distributed.run",
-            "--standalone",  # a store on a port that the operating system chooses
-            "--local-addr=127.0.0.1",  # otherwise the host's name is looked up, which fails or hangs without DNS
-            f"--nproc-per-node={job.num_processes}",
-            "--max-restarts=0",  # a retry is a new job, decided by the launcher
-            f"--log-dir={os.devnull}",  # it would leave a folder in /tmp for each job; workers write their own logs
-            f"--shutdown-timeout={GRACEFUL_S}",
-            "-m",
-        )
-        return (*python, *agent, job.entrypoint, *job.args)
+        """The exact argv."""
+        # A store on a port that the operating system chooses; without an address the host's name is looked up, which
+        # fails or hangs without DNS.
+        return worker_command(job, sys.executable, job.num_processes, ("--standalone", "--local-addr=127.0.0.1"))
 
     def start(self, job: JobSpec) -> TorchrunHandle:
         """Starts the processes and returns at once. Raises ClusterError when they cannot be started.
@@ -89,18 +78,43 @@ class TorchrunBackend:
             handle.root.kill(wait_s)
 
 
+def worker_command(job: JobSpec, python: str, num_processes: int, meeting: tuple[str, ...]) -> tuple[str, ...]:
+    """The exact argv of one host's share: the only worker of a job directly, else an agent that meets the others by `meeting`.
+
+    `-P` keeps the current folder, where a user's `trainer.py` may lie, out of the import path. Pure.
+    """
+    start = (python, "-P", "-m")
+    if job.num_processes == 1:
+        return (*start, job.entrypoint, *job.args)
+    agent = (
+        "torch.distributed.run",
+        *meeting,
+        f"--nproc-per-node={num_processes}",
+        "--max-restarts=0",  # a retry is a new job, decided by the launcher
+        f"--log-dir={os.devnull}",  # it would leave a folder in /tmp for each job; workers write their own logs
+        f"--shutdown-timeout={GRACEFUL_S}",
+        "-m",
+    )
+    return (*start, *agent, job.entrypoint, *job.args)
+
+
 def _terminal_status(handle: TorchrunHandle, code: int) -> JobStatus:
-    """Exit codes mean the same for every backend: 0, 2 user, 70 bug, 75 retry, 130 stopped."""
+    agent_log = logs.tail(Path(handle.job.log_dir) / logs.AGENT_LOG, AGENT_LOG_LINES)
+    return ended_status(handle.job, code, agent_log, handle.root.stop_requested)
+
+
+def ended_status(job: JobSpec, code: int, agent_log: str, stop_requested: bool) -> JobStatus:
+    """What a job whose first process ended with `code` has come to. Exit codes mean the same for every backend:
+    0, 2 user, 70 bug, 75 retry, 130 stopped.
+    """
     if code == 0:
         return JobStatus(JobState.SUCCEEDED, 0, None)
-    log_dir = handle.job.log_dir
-    agent_log = logs.tail(Path(log_dir) / logs.AGENT_LOG, _AGENT_LOG_LINES)
-    codes = {0: code} if handle.job.num_processes == 1 else failure.worker_exit_codes(agent_log) or {-1: code}
-    failures = logs.read_failures(log_dir)
+    codes = {0: code} if job.num_processes == 1 else failure.worker_exit_codes(agent_log) or {-1: code}
+    failures = logs.read_failures(job.log_dir)
     stopped_itself = not failures and failure.EXIT_STOPPED in codes.values()
-    if handle.root.stop_requested or stopped_itself:
+    if stop_requested or stopped_itself:
         return JobStatus(JobState.STOPPED, failure.EXIT_STOPPED, None)
-    cause = failure.first_cause(failures, codes, agent_log, logs.rank_log_tails(log_dir), log_dir)
+    cause = failure.first_cause(failures, codes, agent_log, logs.rank_log_tails(job.log_dir), job.log_dir)
     if cause.exit_code == failure.EXIT_STOPPED:
         return JobStatus(JobState.STOPPED, failure.EXIT_STOPPED, None)
     return JobStatus(JobState.FAILED, cause.exit_code, cause)

@@ -37,8 +37,15 @@ Gpus = Annotated[
     str | None,
     typer.Option(help="Physical GPUs: 0,2 | 0-3 | GPU-... | MIG-... | all | free:2. Default: every free GPU."),
 ]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Over ssh, on this host and its devices, such as a:0,1; again for each host. Or a hosts.yaml.",
+        metavar="HOST[:DEVICES]",
+    ),
+]
 Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many processes.", min=1)]
-BackendOption = Annotated[str | None, typer.Option(help="Where processes run: torchrun (default) | debug.")]
+BackendOption = Annotated[str | None, typer.Option(help="Where processes run: torchrun (default) | ssh | debug.")]
 Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
 RunDirOption = Annotated[Path | None, typer.Option(help="Run folder. Default: <run.dir>/<recipe>-<time>-<4 hex>.")]
 Debug = Annotated[bool, typer.Option(help="All stages for 10 steps in this process, with the first batch shown.")]
@@ -56,6 +63,7 @@ def run_command(
     cpu: Cpu = None,
     backend: BackendOption = None,
     nodes: Nodes = 1,
+    hosts: Hosts = None,
     run_dir: RunDirOption = None,
     sets: Sets = None,
     debug: Debug = False,
@@ -72,7 +80,8 @@ def run_command(
     forced = tuple(force_key or ())
     if forced and resume is None:
         raise LaunchError("--force-key goes with --resume", "Without it every key of the recipe is new.")
-    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug, steps, forced)
+    named = tuple(hosts or ())
+    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug, steps, forced, named)
     if dry_run:
         raise typer.Exit(start.show_plan(request, as_json=False))
     if resume is not None:
@@ -87,6 +96,7 @@ def plan_command(
     cpu: Cpu = None,
     backend: BackendOption = None,
     nodes: Nodes = 1,
+    hosts: Hosts = None,
     run_dir: RunDirOption = None,
     sets: Sets = None,
     debug: Debug = False,
@@ -95,7 +105,8 @@ def plan_command(
     """Show everything that a run would do, without starting it."""
     from . import start
 
-    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug)
+    named = tuple(hosts or ())
+    request = start.Request(recipe, gpus, cpu, backend, nodes, run_dir, tuple(sets or ()), debug, hosts=named)
     raise typer.Exit(start.show_plan(request, as_json=json))
 
 

@@ -98,6 +98,7 @@ def resume_command(
     runs_dir: RunsDir = DEFAULT_DIR,
     gpus: Annotated[str | None, typer.Option(help="Other devices than before.")] = None,
     cpu: Annotated[int | None, typer.Option(help="CPU processes.", min=1)] = None,
+    hosts: Annotated[list[str] | None, typer.Option(help="Other hosts.", metavar="HOST[:DEVICES]")] = None,
     sets: Sets = None,
     force_key: ForceKey = None,
     detach: Annotated[bool, typer.Option(help="Go on in the background.")] = False,
@@ -108,5 +109,6 @@ def resume_command(
 
     found = find_run(run, runs_dir)
     forced = tuple(force_key or ())
-    request = start.Request(str(found.recipe), gpus, cpu, None, 1, None, tuple(sets or ()), False, (), forced)
+    named = tuple(hosts or ())
+    request = start.Request(str(found.recipe), gpus, cpu, None, 1, None, tuple(sets or ()), False, (), forced, named)
     raise typer.Exit(start.resume(str(found.root), request, detached=detach))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection
-from cluster.job import JobSpec
+from cluster.job import JobSpec, Meeting
 from cluster.nodes import Node
 from trainer.ds_config import deepspeed_config
 from trainer.spec import (
@@ -118,10 +118,12 @@ def plan_run(
         *options.warnings,
         *selection.warnings,
         *layout.warnings,
+        *_crossing_warnings(options.nodes, layout.sp),
         *memory_warnings(spec, memory, selection, facts, options.host_memory_gb),
     ]
     reasons = [
         Reason("model", _model_line(source, facts, recipe)),
+        *_host_reasons(options.nodes),
         *(Reason(name, text) for name, text in layout.reasons),
         *_step_reasons(spec),
     ]
@@ -130,7 +132,7 @@ def plan_run(
     return Plan(
         spec=spec,
         backend=options.backend,
-        jobs=jobs_of(spec, selection, run, 1, options.nodes),
+        jobs=jobs_of(spec, selection, run, 1, options.nodes, _meeting(recipe)),
         devices=tuple(dataclasses.asdict(d) for d in selection.devices),
         reasons=tuple(reasons),
         warnings=tuple(warnings),
@@ -206,6 +208,10 @@ def _spec(
     )
 
 
+def _meeting(recipe: Recipe) -> Meeting:
+    return Meeting(recipe.cluster.port, float(recipe.cluster.wait_s), float(recipe.cluster.silence_s))
+
+
 def _method(recipe: Recipe) -> MethodSpec:
     method = recipe.method
     if method.name == "full":
@@ -259,6 +265,29 @@ def _model_line(source: SourceRef, facts: ModelFacts | None, recipe: Recipe) -> 
         f"{source.display}: {facts.num_parameters / 1e9:.2f} B parameters, {facts.num_layers} layers, "
         f"{facts.num_heads} heads ({facts.num_kv_heads} kv), {recipe.model.dtype} (from {facts.known_from})"
     )
+
+
+def _host_reasons(nodes: tuple[Node, ...]) -> list[Reason]:
+    if not nodes:
+        return []
+    parts, first = [], 0
+    for node in nodes:
+        count = node.selection.num_processes
+        ranks = f"rank {first}" if count == 1 else f"ranks {first}-{first + count - 1}"
+        devices = ", ".join(f"GPU {d.index} {d.name}" for d in node.selection.devices) or "CPU"
+        parts.append(f"{node.host}: {ranks} ({devices})")
+        first += count
+    return [Reason("hosts", "; ".join(parts) + "; the other stages run on the first one")]
+
+
+def _crossing_warnings(nodes: tuple[Node, ...], sp: int) -> list[str]:
+    crossing = [node.host for node in nodes if node.selection.num_processes % sp]
+    if not crossing:
+        return []
+    return [
+        f"sequence-parallel groups of {sp} cross hosts ({', '.join(crossing)}): every layer exchanges activations over the network; "
+        "use a multiple of parallel.sp devices on each host"
+    ]
 
 
 def _step_reasons(spec: TrainSpec) -> list[Reason]:

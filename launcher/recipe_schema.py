@@ -182,6 +182,17 @@ class Run(Section):
     """Limit of every wait between processes, in seconds."""
 
 
+class Cluster(Section):
+    """How several hosts work together. Which hosts: the --hosts flag."""
+
+    wait_s: Positive = 120
+    """How long hosts, or a cluster without room, may take until all processes of a job have started, in seconds."""
+    silence_s: Positive = 60
+    """A host that is not heard for this long counts as lost, and ends its own processes, in seconds."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """TCP port of the first host at which the processes meet; 0 takes a free one."""
+
+
 class Recipe(Section):
     """A fine-tuning run, as a person writes it."""
 
@@ -193,6 +204,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     run: Run = Run()
+    cluster: Cluster = Cluster()
 
 
 # Short forms: section -> the key that a bare scalar or list stands for.

@@ -19,6 +19,7 @@ from .recipe_schema import Recipe
 
 FREE = (
     "checkpoint",
+    "cluster",
     "evaluate",
     "parallel",
     "run.timeout_s",

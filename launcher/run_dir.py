@@ -72,6 +72,11 @@ class RunDir:
         return self.root / "prepared.json"
 
     @property
+    def connection(self) -> Path:
+        """What the ranks of several hosts measured between them."""
+        return self.root / "connection.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

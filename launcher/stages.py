@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cluster.environment import device_env
+from cluster.environment import compute_env, device_env
 from cluster.inventory import Selection
-from cluster.job import JobSpec
+from cluster.job import JobSpec, Meeting
 from cluster.nodes import Node, combined
 from trainer.spec import TrainSpec
 
@@ -17,31 +17,41 @@ from .run_dir import RunDir, read_json
 ENTRYPOINT = "trainer.worker"
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 """Folder of our packages; workers refuse to run others of the same names."""
-STAGES = ("prepare", "train", "consolidate", "merge", "evaluate")
+STAGES = ("connect", "prepare", "train", "consolidate", "merge", "evaluate")
+CONNECT_WAIT_S = 60
+"""A rank that cannot be reached is known after this long, whatever training itself may wait for."""
+ON_ALL_DEVICES = ("connect", "train")
 # Filled in from prepared.json when the job starts: only `prepare` knows where a downloaded model lies.
 MODEL_DIR = "{model_dir}"
 
 
-def stage_names(spec: TrainSpec) -> tuple[str, ...]:
-    """Stages of this run: a full fine-tune has no adapter to merge."""
-    return tuple(s for s in STAGES if s != "merge" or spec.method.name != "full")
+def stage_names(spec: TrainSpec, num_nodes: int) -> tuple[str, ...]:
+    """Stages of this run: a full fine-tune has no adapter to merge, one host nothing to connect."""
+    left_out = {"merge": spec.method.name == "full", "connect": num_nodes < 2}
+    return tuple(stage for stage in STAGES if not left_out.get(stage))
 
 
 def jobs_of(
-    spec: TrainSpec, selection: Selection, run: RunDir, attempt: int, nodes: tuple[Node, ...] = ()
+    spec: TrainSpec,
+    selection: Selection,
+    run: RunDir,
+    attempt: int,
+    nodes: tuple[Node, ...] = (),
+    meeting: Meeting | None = None,
 ) -> tuple[JobSpec, ...]:
-    """One job a stage, in order. Only training uses more than one process, and more than the first of `nodes`."""
-    return tuple(_job(name, spec, selection, run, attempt, nodes) for name in stage_names(spec))
+    """One job a stage, in order. Only `connect` and `train` use more than one process, and more than the first of `nodes`."""
+    jobs = (_job(name, spec, selection, run, attempt, nodes) for name in stage_names(spec, len(nodes)))
+    return tuple(dataclasses.replace(job, meeting=meeting or Meeting()) for job in jobs)
 
 
 def _job(
     name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt: int, nodes: tuple[Node, ...]
 ) -> JobSpec:
     log_dir = run.logs(attempt, name)
-    is_train = name == "train"
-    if nodes and not is_train:
+    on_all = name in ON_ALL_DEVICES
+    if nodes and not on_all:
         nodes = (dataclasses.replace(nodes[0], selection=_first_device(nodes[0].selection)),)
-    used = combined(nodes) if nodes else selection if is_train else _first_device(selection)
+    used = combined(nodes) if nodes else selection if on_all else _first_device(selection)
     log_args = () if spec.debug else ("--log-dir", str(log_dir))
     return JobSpec(
         name=name,
@@ -49,7 +59,7 @@ def _job(
         args=(name, *log_args, "--package-root", spec.package_root, *_arguments(name, spec, run, attempt)),
         num_processes=used.num_processes,
         devices=used.uuids,
-        env=device_env(used),
+        env=compute_env(used) if nodes else device_env(used),  # what a host sees is that host's own
         log_dir=str(log_dir),
         cwd=str(run.root),
         run_id=spec.run_id,
@@ -66,6 +76,9 @@ def _first_device(selection: Selection) -> Selection:
 def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[str, ...]:
     if name == "train":
         return ("--plan", str(run.plan), "--attempt", str(attempt))
+    if name == "connect":
+        wait_s = str(min(CONNECT_WAIT_S, spec.parallel.timeout_s))
+        return ("--device", spec.parallel.device, "--wait-s", wait_s, "--out", str(run.connection))
     template = ("--template", spec.data.template)
     trust = ("--trust-remote-code",) if spec.model.trust_remote_code else ()
     if name == "consolidate":

@@ -41,6 +41,8 @@ class Request:
     """1-based optimizer steps to record; see `parse_profile`."""
     forced_keys: tuple[str, ...] = ()
     """Recipe keys that a resumed run may change although they change what it learns."""
+    hosts: tuple[str, ...] = ()
+    """As typed: `a:0,1`, or a hosts.yaml."""
 
 
 def cache_dir() -> Path:
@@ -57,8 +59,6 @@ def runs_dir() -> Path:
 def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, RunDir]:
     """(plan, loaded recipe, run folder); nothing is written. Raises LaunchError, PlanError or ClusterError."""
     from cluster.environment import environment_warnings
-    from cluster.inventory import cpu_selection, select
-    from cluster.nvml import read_inventory
 
     from .compiler import find_compiler
     from .model_facts import read_facts
@@ -66,34 +66,24 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
     from .plan import Options, plan_run
     from .recipe import load_recipe
     from .recipe_library import find
+    from .where import Flags, choose
 
-    if request.nodes > 1:
-        raise LaunchError(f"--nodes {request.nodes}: this version runs on one host", "Allowed: 1.")
-    if request.gpus is not None and request.cpu is not None:
-        raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
     loaded = load_recipe(find(request.recipe), request.sets)
     recipe = loaded.recipe
-    backend = "debug" if request.debug else request.backend or "torchrun"
-    inventory = read_inventory()
-    if request.cpu is not None:
-        selection = cpu_selection(request.cpu, inventory)
-    else:
-        gpus = "free:1" if request.gpus is None and backend == "debug" and inventory.devices else request.gpus
-        selection = select(inventory, gpus, os.environ)
-    if backend == "debug" and selection.num_processes > 1:
-        raise LaunchError(
-            f"the debug backend runs one process, {selection.num_processes} devices were chosen", "Choose one device."
-        )
     source = resolve_source(recipe.model.source, loaded.files[0].parent)
-    facts = read_facts(source, recipe.model.revision)
     if run is None:
         name = recipe.run.name or loaded.files[0].stem
         run = RunDir((request.run_dir or Path(recipe.run.dir) / new_run_id(name)).absolute())
+    flags = Flags(request.gpus, request.cpu, request.backend, request.nodes, request.debug, request.hosts)
+    where = choose(flags, recipe, source, run.root, cache_dir())
+    selection = where.selection
+    facts = read_facts(source, recipe.model.revision)
     options = Options(
-        backend=backend,
+        backend=where.backend,
+        nodes=where.nodes,
         debug=request.debug,
         cache_dir=cache_dir(),
-        host_memory_gb=inventory.memory_gb,
+        host_memory_gb=where.host_memory_gb,
         command=_command_line(),
         warnings=tuple(environment_warnings(os.environ)),
         profile_steps=request.profile_steps,
@@ -176,7 +166,7 @@ def resume(name: str, request: Request, detached: bool) -> int:
         raise LaunchError(f"{run.run_id} is running (pid {status.pid})", "Watch it: launch runs watch " + run.run_id)
     done = frozenset(stage for stage, state in status.stages.items() if state == DONE)
     if "train" not in done:
-        done = frozenset()  # `prepare` again: it takes no time, unless its cache is gone
+        done = frozenset()  # `connect` and `prepare` again: they take no time, unless a cache is gone
     steps = [step for step, path in list_checkpoints(run.checkpoints) if (path / MANIFEST).is_file()]
     if "train" not in done and not steps:
         raise LaunchError(
@@ -232,9 +222,13 @@ def _change_recipe(run: RunDir, status: Any, done: frozenset[str], given: Any, f
 def _same_devices(request: Request, old: dict[str, Any]) -> Request:
     """The request with the old attempt's backend and devices, or as many, where it names none."""
     flags, parallel = old["flags"], old["spec"]["parallel"]
+    if request.hosts or request.gpus or request.cpu:
+        # Other hosts, or none: the backend follows from the flags, unless it is one that can take both.
+        kept = None if flags["backend"] == "ssh" or request.hosts else flags["backend"]
+        return replace(request, backend=request.backend or kept)
     request = replace(request, backend=request.backend or flags["backend"])
-    if request.gpus or request.cpu:
-        return request
+    if flags["hosts"]:
+        return replace(request, hosts=tuple(flags["hosts"]), gpus=flags["gpus"], cpu=flags["cpu"])
     if flags["gpus"] or flags["cpu"]:
         return replace(request, gpus=flags["gpus"], cpu=flags["cpu"])
     if parallel["device"] == "cpu":
@@ -284,6 +278,7 @@ def write_run(run: RunDir, plan: Any, loaded: Any, attempt: int, request: Reques
     from .stages import renumbered
 
     flags = {"gpus": request.gpus, "cpu": request.cpu, "backend": plan.backend, "debug": plan.spec.debug}
+    flags["hosts"] = list(request.hosts)
     plan = replace(plan, jobs=tuple(renumbered(job, run, attempt) for job in plan.jobs))
     if attempt == 1:
         write_atomic(run.recipe, dump_recipe(loaded))

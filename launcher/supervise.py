@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import IO, Any, Protocol
 
-from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus, NodeShare
+from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus, Meeting, NodeShare
 from cluster.processes import ProcessIdentity
 from cluster.registry import load
 from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER
@@ -193,7 +193,8 @@ def job_from_dict(data: dict[str, Any]) -> JobSpec:
     fields = {f.name for f in dataclasses.fields(JobSpec)}
     values = {key: value for key, value in data.items() if key in fields}
     nodes = tuple(NodeShare(**{**node, "devices": tuple(node["devices"])}) for node in values["nodes"])
-    return JobSpec(**{**values, "args": tuple(values["args"]), "devices": tuple(values["devices"]), "nodes": nodes})
+    values |= {"args": tuple(values["args"]), "devices": tuple(values["devices"]), "nodes": nodes}
+    return JobSpec(**{**values, "meeting": Meeting(**values["meeting"])})
 
 
 def supervise(run: RunDir, attempt: int, done: frozenset[str], watcher: Watcher) -> int:

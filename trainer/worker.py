@@ -22,6 +22,7 @@ from typing import NoReturn
 from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TrainError
 
 STAGES = {
+    "connect": "trainer.connect",
     "prepare": "trainer.prepare",
     "train": "trainer.train",
     "probe": "trainer.parallel_probe",

@@ -1,0 +1,109 @@
+"""Where a run's processes go: which backend, which hosts, which of their devices."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.inventory import Selection, cpu_selection, select
+from cluster.nodes import Node, combined
+
+from .errors import LaunchError
+from .model_source import SourceRef
+from .recipe_schema import Recipe
+
+COMPARED_PACKAGES = (
+    "tunelaunch",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
+"""Hosts of one run must have the same versions of these."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line says about it."""
+
+    gpus: str | None
+    cpu: int | None
+    backend: str | None
+    nodes: int
+    debug: bool
+    hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The answer."""
+
+    backend: str
+    selection: Selection
+    """All devices of all hosts."""
+    nodes: tuple[Node, ...]
+    """The hosts, in rank order; empty: this host alone."""
+    host_memory_gb: float
+    """Of the host that has least, in 2**30 bytes; 0 where it is unknown."""
+
+
+def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cache: Path) -> Where:
+    """Raises LaunchError for flags that contradict each other, PlanError for hosts that do not fit together, ClusterError for devices."""
+    backend = "debug" if flags.debug else flags.backend or ("ssh" if flags.hosts else "torchrun")
+    _check(flags, backend)
+    if backend == "ssh":
+        return _on_hosts(flags, recipe, source, run_root, cache)
+    from cluster.nvml import read_inventory
+
+    inventory = read_inventory()
+    if flags.cpu is not None:
+        selection = cpu_selection(flags.cpu, inventory)
+    else:
+        gpus = "free:1" if flags.gpus is None and backend == "debug" and inventory.devices else flags.gpus
+        selection = select(inventory, gpus, os.environ)
+    if backend == "debug" and selection.num_processes > 1:
+        raise LaunchError(
+            f"the debug backend runs one process, {selection.num_processes} devices were chosen", "Choose one device."
+        )
+    return Where(backend, selection, (), inventory.memory_gb)
+
+
+def _check(flags: Flags, backend: str) -> None:
+    if flags.gpus is not None and flags.cpu is not None:
+        raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
+    if flags.hosts and backend != "ssh":
+        raise LaunchError(
+            f"--hosts goes with --backend ssh, not with {backend}",
+            "Leave --backend out, or use --debug without --hosts.",
+        )
+    if backend == "ssh" and not flags.hosts:
+        raise LaunchError("--backend ssh needs hosts", "Name them: --hosts a:0,1 --hosts b:0,1")
+    if flags.nodes > 1 and not (flags.hosts and flags.nodes == len(flags.hosts)):
+        raise LaunchError(f"--nodes {flags.nodes}: which ones?", "Name them: --hosts a:0,1 --hosts b:0,1")
+
+
+def _on_hosts(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cache: Path) -> Where:
+    from .hosts import gather, parse_hosts, questions_for, shared_folders
+
+    choices = parse_hosts(flags.hosts, flags.gpus, flags.cpu)
+    files = tuple(dict.fromkeys((*_data_files(recipe), *_model_files(source))))
+    questions = questions_for(shared_folders(run_root, cache, source.kind), files, COMPARED_PACKAGES)
+    nodes, reports = gather(choices, questions, recipe.cluster.silence_s)
+    memory_gb = min(report.inventory.memory_gb for report in reports)
+    return Where("ssh", combined(nodes), nodes, memory_gb)
+
+
+def _data_files(recipe: Recipe) -> list[str]:
+    files: list[Any] = [*recipe.data.files, *recipe.data.held_out_files]
+    template = [] if recipe.data.template == "model" else [recipe.data.template]
+    return [*(file.path for file in files), *template]
+
+
+def _model_files(source: SourceRef) -> list[str]:
+    return [source.location] if source.kind in ("folder", "gguf", "random") else []
