@@ -80,6 +80,8 @@ class Plan:
     backend: str
     jobs: tuple[JobSpec, ...]
     devices: tuple[dict[str, Any], ...]
+    nodes: tuple[Node, ...]
+    """The hosts of a run that spans several, in rank order."""
     reasons: tuple[Reason, ...]
     warnings: tuple[str, ...]
     refusals: tuple[Problem, ...]
@@ -134,6 +136,7 @@ def plan_run(
         backend=options.backend,
         jobs=jobs_of(spec, selection, run, 1, options.nodes, _meeting(recipe)),
         devices=tuple(dataclasses.asdict(d) for d in selection.devices),
+        nodes=options.nodes,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
         refusals=tuple(_located(loaded, refusals)),

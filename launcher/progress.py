@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from cluster.job import JobSpec, JobState, JobStatus
 
-from .run_dir import RunDir
+from .run_dir import RunDir, read_json
 
 REDRAW_S = 0.2
 PLAIN_LINE_S = 15.0
@@ -47,7 +47,7 @@ class Progress:
     """A Watcher that draws one live line on a terminal, or a plain line now and then into a pipe."""
 
     def __init__(self, run: RunDir, out: TextIO) -> None:
-        self.out = out
+        self.run, self.out = run, out
         self.live = out.isatty()
         self.metrics = Follower(run.metrics, from_end=True)
         self.last: dict[str, Any] | None = None
@@ -77,9 +77,7 @@ class Progress:
         if self.live:
             self._write("\r\033[K")
         mark = {JobState.SUCCEEDED: "done", JobState.STOPPED: "stopped"}.get(status.state, "FAILED")
-        self._line(
-            f"{job.name:<12} {mark:<8} {seconds:6.1f} s  {self._summary() if job.name == 'train' else ''}".rstrip()
-        )
+        self._line(f"{job.name:<12} {mark:<8} {seconds:6.1f} s  {self._came_out(job, status)}".rstrip())
 
     def note(self, text: str) -> None:
         self._line(("\r\033[K" if self.live else "") + text)
@@ -112,6 +110,11 @@ class Progress:
             f"{_peak(row, '  ')}ETA {clock(left)}  {row['memory_gb']:.1f} GB{_skipped(row, '  ')}"
         )
 
+    def _came_out(self, job: JobSpec, status: JobStatus) -> str:
+        if job.name == "connect" and status.state is JobState.SUCCEEDED:
+            return connection_line(self.run)
+        return self._summary() if job.name == "train" else ""
+
     def _summary(self) -> str:
         row = self.last
         if row is None:
@@ -120,6 +123,15 @@ class Progress:
             f"{row['step']} steps, loss {_loss(row)}, {row['tokens_per_second']:.0f} tokens/s, {_peak(row, ', ')}"
             f"{row['memory_gb']:.1f} GB{_skipped(row, ', ')}"
         )
+
+
+def connection_line(run: RunDir) -> str:
+    """What the ranks of several hosts measured between them."""
+    found = read_json(run.connection)
+    return (
+        f"{found['ranks']} ranks met in {found['meet_s']:.1f} s; all-reduce {found['gb_per_s']:.2f} GB/s, "
+        f"{found['latency_ms']:.2f} ms for one number"
+    )
 
 
 def _loss(row: dict[str, Any]) -> str:

@@ -49,7 +49,8 @@ def _rows(label: str, values: list[str]) -> list[str]:
 def _devices(plan: Plan) -> list[str]:
     parallel = plan.spec.parallel
     if not plan.devices:
-        return [f"cpu: {parallel.world_size} process(es) x {parallel.threads_per_process} thread(s)"]
+        where = f"cpu of {len(plan.nodes)} hosts" if plan.nodes else "cpu"
+        return [f"{where}: {parallel.world_size} process(es) x {parallel.threads_per_process} thread(s)"]
     return [
         f"{d['index']}: {d['name']}  {d['memory_free_gb']:.1f} of {d['memory_total_gb']:.1f} GB free  {d['uuid']}"
         for d in plan.devices

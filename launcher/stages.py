@@ -67,6 +67,34 @@ def _job(
     )
 
 
+def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir) -> JobSpec:
+    """The `connect` stage alone, without a plan: it needs to know nothing of a model."""
+    log_dir = run.logs(1, "connect")
+    return JobSpec(
+        name="connect",
+        entrypoint=ENTRYPOINT,
+        args=(
+            "connect",
+            "--log-dir",
+            str(log_dir),
+            "--package-root",
+            str(PACKAGE_ROOT),
+            *_connect(selection.kind, run),
+        ),
+        num_processes=selection.num_processes,
+        devices=selection.uuids,
+        env=compute_env(selection),
+        log_dir=str(log_dir),
+        cwd=str(run.root),
+        run_id=run.run_id,
+        nodes=tuple(node.share for node in nodes),
+    )
+
+
+def _connect(device: str, run: RunDir) -> tuple[str, ...]:
+    return ("--device", device, "--wait-s", str(CONNECT_WAIT_S), "--out", str(run.connection))
+
+
 def _first_device(selection: Selection) -> Selection:
     """One process with the first device, and all the threads that training spreads over its processes."""
     threads = selection.threads_per_process * (selection.num_processes if selection.kind == "cpu" else 1)
@@ -77,8 +105,7 @@ def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[s
     if name == "train":
         return ("--plan", str(run.plan), "--attempt", str(attempt))
     if name == "connect":
-        wait_s = str(min(CONNECT_WAIT_S, spec.parallel.timeout_s))
-        return ("--device", spec.parallel.device, "--wait-s", wait_s, "--out", str(run.connection))
+        return _connect(spec.parallel.device, run)
     template = ("--template", spec.data.template)
     trust = ("--trust-remote-code",) if spec.model.trust_remote_code else ()
     if name == "consolidate":

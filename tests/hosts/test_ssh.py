@@ -1,0 +1,299 @@
+"""A run over two hosts by real ssh: the same losses, and what happens when something breaks. `make test-cluster`.
+
+Both hosts are network namespaces of this machine; they share the file system, except where a test gives one its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.commands import FP32, ROOT, Launch, losses, only_run, wait_until, worker_pids
+from support.ssh_hosts import SshCluster, SshHost, ssh_cluster
+
+HOSTS = ("--hosts", "alpha", "--hosts", "beta", "--cpu", "1")
+NO_RETRY: tuple[str, ...] = ()
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshCluster]:
+    with ssh_cluster(tmp_path_factory.mktemp("ssh"), 2) as found:
+        yield found
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Recipes in a folder with a space, quotes and Chinese: `short.yaml` of 12 steps, `long.yaml` of 2000 with a checkpoint every 5."""
+    folder = tmp_path / "my 'work' \"目录\""
+    shutil.copytree(ROOT / "recipes", folder)
+    text = (folder / "tiny_cpu.yaml").read_text(encoding="utf-8")
+    for name, steps, every in (("short", STEPS, 6), ("long", 2000, 5)):
+        changed = text.replace("epochs: 10", f"max_steps: {steps}").replace("every_steps: 10", f"every_steps: {every}")
+        (folder / f"{name}.yaml").write_text(changed, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def started(cluster: SshCluster, work: Path, environment: dict[str, str]) -> Iterator[Start]:
+    start = Start(cluster, work, environment)
+    yield start
+    start.end()
+
+
+class Start:
+    """Starts a long run over both hosts, and waits until it trains."""
+
+    def __init__(self, cluster: SshCluster, work: Path, environment: dict[str, str]) -> None:
+        self.cluster, self.work, self.environment = cluster, work, environment
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def __call__(self, *args: str, at_step: int = 7) -> tuple[subprocess.Popen[str], Path]:
+        log = self.work / "launch.log"
+        process = self.cluster.popen(["long.yaml", *HOSTS, *FP32, *args], self.work, self.environment, log)
+        self.processes.append(process)
+        wait_until(lambda: (self.work / "runs").is_dir() and any((self.work / "runs").glob("long-*")), what="a run")
+        run = only_run(self.work)
+        wait_until(lambda: at(run) >= at_step or process.poll() is not None, 120, f"step {at_step}")
+        assert process.poll() is None, self.output()
+        return process, run
+
+    def output(self) -> str:
+        return (self.work / "launch.log").read_text(encoding="utf-8")
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def at(run: Path) -> int:
+    """The last step that was trained."""
+    return max(losses(run), default=0) if (run / "metrics.jsonl").is_file() else 0
+
+
+def jobs_on(host: SshHost) -> list[int]:
+    """Processes of ours on this host: agents, torchrun and workers."""
+    found = []
+    for pid in host.pids():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if any(name in command for name in (b"cluster.node_agent", b"torch.distributed.run", b"trainer.worker")):
+            found.append(pid)
+    return found
+
+
+def worker_on(host: SshHost, run: Path) -> int:
+    (pid,) = {pid for pid in worker_pids(run) if pid in host.pids() and b"distributed.run" not in command_of(pid)}
+    return pid
+
+
+def command_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def assert_nothing_is_left(cluster: SshCluster, within_s: float = 15) -> None:
+    wait_until(lambda: not any(jobs_on(host) for host in cluster.hosts), within_s, "no process left on any host")
+
+
+def test_the_losses_are_those_of_one_host(
+    cluster: SshCluster, work: Path, environment: dict[str, str], launch: Launch
+) -> None:
+    done = cluster.launch("short.yaml", *HOSTS, *FP32, "--run-dir", "over_ssh", cwd=work, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks met" in done.stdout
+    assert json.loads((work / "over_ssh" / "merged" / "merge_report.json").read_text())["verified"] is True
+    here = launch("short.yaml", "--cpu", "2", *FP32, "--run-dir", "here", cwd=work)
+    assert here.returncode == 0, here.stdout + here.stderr
+    over_ssh, torchrun = losses(work / "over_ssh"), losses(work / "here")
+    assert list(over_ssh) == list(torchrun) == list(range(1, STEPS + 1))
+    assert all(over_ssh[step] == pytest.approx(torchrun[step], rel=1e-4) for step in torchrun)
+    logs = work / "over_ssh" / "logs" / "attempt_1" / "train"
+    assert {p.name for p in logs.iterdir()} >= {"rank_0.log", "rank_1.log", "node_0.agent.log", "node_1.agent.log"}
+    assert_nothing_is_left(cluster)
+
+
+def test_a_killed_worker_is_the_first_cause(cluster: SshCluster, started: Start) -> None:
+    process, run = started(*NO_RETRY)
+    os.kill(worker_on(cluster.hosts[1], run), signal.SIGKILL)
+    began = time.monotonic()
+    assert process.wait(60) == 75, started.output()
+    assert time.monotonic() - began < 25
+    assert "rank 1 was killed by SIGKILL (signal 9)" in started.output()
+    assert_nothing_is_left(cluster)
+
+
+def test_a_lost_host_is_the_first_cause_and_the_run_goes_on_when_it_is_back(
+    cluster: SshCluster, started: Start, work: Path, environment: dict[str, str]
+) -> None:
+    process, run = started(*NO_RETRY)
+    alpha, beta = cluster.hosts
+    beta.kill()
+    began = time.monotonic()
+    assert process.wait(60) == 75, started.output()
+    noticed_s = time.monotonic() - began
+    assert "the link to beta:" in started.output()
+    assert noticed_s < 25
+    wait_until(lambda: not jobs_on(alpha), 15, "nothing left on alpha")
+    beta.start()
+    before = at(run)
+    again = cluster.popen(["runs", "resume", str(run), *NO_RETRY], work, environment, work / "again.log")
+    wait_until(lambda: at(run) > before + 5 or again.poll() is not None, 120, "steps after the resume")
+    assert again.poll() is None, (work / "again.log").read_text(encoding="utf-8")
+    again.send_signal(signal.SIGINT)
+    assert again.wait(60) == 130
+    assert "resumed from step_0000" in (run / "logs" / "attempt_2" / "train" / "rank_0.log").read_text(encoding="utf-8")
+    assert_nothing_is_left(cluster)
+
+
+def test_a_cable_pulled_for_20_s_costs_nothing_but_time(cluster: SshCluster, started: Start) -> None:
+    process, run = started()
+    beta = cluster.hosts[1]
+    before = at(run)
+    beta.cut()
+    time.sleep(20)
+    held = at(run)
+    beta.mend()
+    wait_until(lambda: at(run) > held + 3 or process.poll() is not None, 90, "steps after the cable was put back")
+    assert process.poll() is None, started.output()
+    assert held - before < 500
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, started.output()
+    assert max(losses(run)) % 5 == 0 or any((run / "checkpoints").glob(f"step_*{max(losses(run))}"))
+    assert_nothing_is_left(cluster)
+
+
+def test_a_cable_cut_for_good_ends_both_sides(cluster: SshCluster, started: Start) -> None:
+    process, _ = started("--set", "cluster.silence_s=6", *NO_RETRY)
+    alpha, beta = cluster.hosts
+    beta.cut()
+    try:
+        began = time.monotonic()
+        wait_until(lambda: not jobs_on(beta), 40, "beta ends its own processes")
+        assert process.wait(60) == 75, started.output()
+        assert time.monotonic() - began < 45
+        assert "host beta has not been heard for" in started.output()
+        wait_until(lambda: not jobs_on(alpha), 15, "nothing left on alpha")
+    finally:
+        beta.mend()
+
+
+def test_nothing_outlives_a_killed_launcher(cluster: SshCluster, started: Start) -> None:
+    process, run = started()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert_nothing_is_left(cluster)
+    assert not worker_pids(run)
+
+
+def test_nothing_outlives_a_cut_ssh_link(cluster: SshCluster, started: Start) -> None:
+    process, _ = started(*NO_RETRY)
+    sessions = [pid for pid in cluster.hosts[1].pids() if b"sshd: root@notty" in command_of(pid)]
+    assert sessions
+    for pid in sessions:
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(60) == 75, started.output()
+    assert "the link to beta:" in started.output()
+    assert_nothing_is_left(cluster)
+
+
+def test_a_disk_that_fills_on_one_host_while_it_saves_is_told(cluster: SshCluster, started: Start) -> None:
+    process, run = started(at_step=1)
+    sshd = str(cluster.hosts[1].daemon.pid)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(run / "checkpoints")]
+    # From now on beta's `checkpoints` is a full disk of its own.
+    subprocess.run(["nsenter", "-t", sshd, "-m", *mount], check=True)
+    try:
+        assert process.wait(90) == 2, started.output()
+    finally:
+        subprocess.run(["nsenter", "-t", sshd, "-m", "umount", str(run / "checkpoints")], check=False)
+    assert "rank 1" in started.output() or "cannot write" in started.output(), started.output()
+    assert_nothing_is_left(cluster)
+
+
+def test_a_taken_port_is_refused_by_name(cluster: SshCluster, work: Path, environment: dict[str, str]) -> None:
+    code = "import socket, time; s = socket.create_server(('', 29555)); print('up', flush=True); time.sleep(60)"
+    taken = subprocess.Popen([*cluster.hosts[0].host.prefix, "python3", "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert taken.stdout.readline() == "up\n"
+        done = cluster.launch(
+            "cluster", "check", "short.yaml", *HOSTS, "--set", "cluster.port=29555", cwd=work, env=environment
+        )
+    finally:
+        taken.kill()
+        taken.communicate()
+    assert done.returncode == 75
+    assert "alpha: port 29555 cannot be used: Address already in use" in done.stderr
+    assert "cluster.port" in done.stderr
+
+
+def test_hosts_that_fit_are_measured(cluster: SshCluster, work: Path, environment: dict[str, str]) -> None:
+    done = cluster.launch("cluster", "check", *HOSTS, cwd=work, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GB/s" in done.stdout
+    assert not list((work / "runs").iterdir())
+
+
+def test_another_version_and_missing_data_are_refused_before_anything_starts(
+    cluster: SshCluster, work: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    old = tmp_path / "old" / "transformers-4.0.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n", encoding="utf-8")
+    python = tmp_path / "python of beta"
+    python.write_text(f"#!/bin/sh\nPYTHONPATH='{old.parent}' exec '{ROOT}/.venv/bin/python' \"$@\"\n", encoding="utf-8")
+    python.chmod(0o755)
+    (work / "hosts.yaml").write_text(f"hosts:\n  - alpha\n  - {{host: beta, python: '{python}'}}\n", encoding="utf-8")
+    sshd = str(cluster.hosts[1].daemon.pid)
+    data = str(work / "data")
+    subprocess.run(["nsenter", "-t", sshd, "-m", "mount", "-t", "tmpfs", "tmpfs", data], check=True)
+    try:
+        done = cluster.launch("short.yaml", "--hosts", "hosts.yaml", "--cpu", "1", cwd=work, env=environment)
+    finally:
+        subprocess.run(["nsenter", "-t", sshd, "-m", "umount", data], check=True)
+    assert done.returncode == 2
+    assert "--hosts beta: transformers 4.0.0, but 5." in done.stderr
+    assert "pip install transformers==5." in done.stderr
+    assert f"--hosts beta: {data}/example_chat.jsonl does not exist there" in done.stderr
+    assert not list((work / "runs").iterdir())
+
+
+def test_a_run_folder_that_is_not_shared_is_refused(
+    cluster: SshCluster, work: Path, environment: dict[str, str]
+) -> None:
+    sshd = str(cluster.hosts[1].daemon.pid)
+    (work / "runs").mkdir()
+    subprocess.run(["nsenter", "-t", sshd, "-m", "mount", "-t", "tmpfs", "tmpfs", str(work / "runs")], check=True)
+    try:
+        done = cluster.launch("plan", "short.yaml", *HOSTS, cwd=work, env=environment)
+    finally:
+        subprocess.run(["nsenter", "-t", sshd, "-m", "umount", str(work / "runs")], check=True)
+    assert done.returncode == 2
+    assert f"--hosts beta: {work / 'runs'} is another folder there: what alpha wrote into it is not seen" in done.stderr
+    assert "--run-dir, or run.dir" in done.stderr
+
+
+def test_hosts_that_cannot_be_reached_are_told_together(
+    cluster: SshCluster, work: Path, environment: dict[str, str]
+) -> None:
+    beta = cluster.hosts[1]
+    beta.kill()
+    try:
+        done = cluster.launch("plan", "short.yaml", *HOSTS, "--hosts", "nowhere", cwd=work, env=environment)
+    finally:
+        beta.start()
+    assert done.returncode == 75
+    assert "beta: ssh: connect to host" in done.stderr
+    assert "Connection refused" in done.stderr
+    assert "nowhere: ssh: Could not resolve hostname nowhere" in done.stderr
