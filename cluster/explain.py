@@ -137,6 +137,14 @@ _TABLE: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
+        r"CUDA error: an illegal memory access|(CUDNN|CUBLAS)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
+        Explanation(
+            "A kernel failed on the card: a fault of the card or driver, or of the kernel.",
+            "If it comes again at the same step, run with CUDA_LAUNCH_BLOCKING=1 to see the line; else look at dmesg -T | grep -i xid.",
+            "retry",
+        ),
+    ),
+    (
         r"device-side assert triggered",
         Explanation(
             "A kernel got an index out of range, usually a token id beyond the vocabulary.",

@@ -1,12 +1,10 @@
-"""Which failure came first, what it means, and whether to try again. Pure functions over text."""
+"""Which failure came first, and what it means. Pure functions over text."""
 
 from __future__ import annotations
 
-import enum
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .explain import explain
@@ -35,6 +33,7 @@ _AGENT_EXIT = re.compile(
     re.MULTILINE,
 )
 _AGENT_CLOSED = re.compile(r"Sending process (\d+) closing signal")
+_AGENT_SIGNALLED = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 _EXCEPTION_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S*python[\d.]*: .+)$")
 
 _SIGNAL_NOTES: dict[int, tuple[int, str, str]] = {
@@ -67,30 +66,6 @@ _SIGNAL_NOTES: dict[int, tuple[int, str, str]] = {
     ),
     signal.SIGHUP: (EXIT_RETRY, "its terminal or session was closed", "Start it with --detach."),
 }
-
-
-class Decision(enum.Enum):
-    """What follows a failed attempt."""
-
-    RETRY = "retry"
-    STOP = "stop"
-
-
-@dataclass(frozen=True)
-class RetryLimits:
-    """How often a run may be tried again."""
-
-    max_retries: int = 0
-    """Further attempts after the first."""
-
-
-def decide(failure: Failure, attempt: int, limits: RetryLimits) -> Decision:
-    """Whether attempt number `attempt` (1 is the first) is followed by another one.
-
-    Only what may go differently next time is tried again: never a user's mistake, never a bug.
-    """
-    may_differ = failure.kind in ("retry", "killed") and failure.exit_code == EXIT_RETRY
-    return Decision.RETRY if may_differ and attempt <= limits.max_retries else Decision.STOP
 
 
 def worker_exit_codes(agent_log: str) -> dict[int, int]:
@@ -129,6 +104,9 @@ def first_cause(
     if primary:
         return _from_file(primary[0], log_dir)
     killed = [(rank, -code) for rank, code in exit_codes.items() if code < 0]
+    if told_to_end := _AGENT_SIGNALLED.search(agent_log):
+        # What its workers then ended with follows from it.
+        return _from_signal(-1, int(told_to_end[1]), agent_log, log_dir)
     if killed:
         # SIGTERM and SIGABRT often follow from another rank's end; the others never do.
         rank, signum = min(killed, key=lambda k: k[1] in (signal.SIGTERM, signal.SIGABRT))
@@ -157,6 +135,9 @@ def _from_file(data: Mapping[str, Any], log_dir: str) -> Failure:
     if kind == "bug" and (known := explain(f"{message}\n{traceback}")):
         kind, exit_code = known.kind, {"user": EXIT_USER, "retry": EXIT_RETRY}.get(known.kind, EXIT_BUG)
         hint = hint or known.hint
+    if kind == "bug" and is_secondary(message):
+        # Whoever went first may not do so again.
+        kind, exit_code = "retry", EXIT_RETRY
     if is_secondary(message) and not hint:
         hint = "Another rank went first and left no message; look at the ends of all logs, and at dmesg -T."
     log_file = str(data.get("log_file", "")) or str(rank_log(log_dir, rank))
@@ -173,7 +154,8 @@ def _from_signal(rank: int, signum: int, log_tail: str, log_dir: str) -> Failure
     message = f"{who} was killed by {name} (signal {signum})" + (f"; {cause}" if cause else "")
     if signum == signal.SIGABRT and (known := explain(log_tail)):
         hint = known.hint
-    return Failure(rank, "killed", message, hint, log_tail, exit_code, str(rank_log(log_dir, rank)))
+    kind = "preempted" if signum == signal.SIGTERM else "killed"
+    return Failure(rank, kind, message, hint, log_tail, exit_code, str(rank_log(log_dir, rank)))
 
 
 def _from_logs(

@@ -24,6 +24,8 @@ class JobState(enum.Enum):
     PENDING = "pending"
     """Asked for, no process yet."""
     RUNNING = "running"
+    UNKNOWN = "unknown"
+    """It cannot be asked at the moment. It may well run: never taken for an end, and nothing is started beside it."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -89,7 +91,8 @@ class Failure:
     rank: int
     """-1 when no rank could be blamed (the agent itself failed)."""
     kind: str
-    """user | bug | retry | killed (by a signal; no file was written)."""
+    """user | bug | retry, as a worker says it; killed (by a signal) | preempted (by a SIGTERM that nobody here sent) |
+    node_lost (its host went away), as the backend sees it; hang, as the launcher does. What follows from it: retry.py."""
     message: str
     hint: str
     traceback: str
@@ -97,6 +100,8 @@ class Failure:
     """2 user, 70 bug, 75 retry may help."""
     log_file: str
     """Absolute path of that rank's whole log."""
+    noticed_s: float | None = None
+    """Seconds from the last sign of life until it was noticed; None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -139,5 +144,8 @@ class Backend(Protocol):
         ...
 
     def kill(self, handle: JobHandle, wait_s: float = 10.0) -> None:
-        """SIGKILL every process of the job; returns when none is left. Raises ClusterError after `wait_s`."""
+        """SIGKILL every process of the job; returns when none is left. Raises ClusterError after `wait_s`.
+
+        Nothing else is started when it raises: a process that may still live would write into the same folder.
+        """
         ...

@@ -41,7 +41,8 @@ def list_command(runs_dir: RunsDir = DEFAULT_DIR) -> None:
 
 @app.command("show")
 def show_command(run: RunArg, runs_dir: RunsDir = DEFAULT_DIR) -> None:
-    """State of each stage, the first cause of a failure, and where the results are."""
+    """State of each stage, every attempt with its cause, the first cause of a failure, and where the results are."""
+    from .attempts import end_note
     from .render import run_page
     from .status import find_run, read_status
     from .supervise import failure_text
@@ -50,7 +51,7 @@ def show_command(run: RunArg, runs_dir: RunsDir = DEFAULT_DIR) -> None:
     status = read_status(found)
     typer.echo(run_page(found, status))
     if status.failure:
-        typer.echo(f"\n{failure_text(status.failure)}")
+        typer.echo("\n" + "\n".join(filter(None, (failure_text(status.failure), end_note(status.attempts)))))
 
 
 @app.command("logs")

@@ -11,10 +11,11 @@ from cluster.logs import tail
 from cluster.processes import is_alive, signal_process
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY
 
+from .attempts import end_note, retry_note
 from .errors import LaunchError
 from .progress import Follower, Progress
 from .run_dir import RunDir, read_json
-from .status import RUNNING, SUCCEEDED, Status, read_status
+from .status import RUNNING, SUCCEEDED, UNKNOWN, Status, read_status
 from .supervise import failure_text, job_from_dict
 
 POLL_S = 0.2
@@ -25,16 +26,28 @@ def watch(run: RunDir) -> int:
     progress = Progress(run, sys.stdout)
     jobs = {j["name"]: job_from_dict(j) for j in read_json(run.plan)["jobs"]}
     current: JobSpec | None = None
+    told = len([attempt for attempt in read_status(run).attempts if attempt.ended is not None])
+    is_unknown = False
     try:
         while True:
             status = read_status(run)
-            if current is not None and (status.stage != current.name or status.state != RUNNING):
+            waits = status.next_attempt_at is not None
+            if current is not None and (status.stage != current.name or status.state != RUNNING or waits):
                 progress.stage_ended(current, _job_status(status, current.name), status.seconds.get(current.name, 0.0))
                 current = None
+            for attempt in status.attempts[told:]:
+                if attempt.ended is not None:
+                    told += 1
+                    progress.note(retry_note(attempt)) if attempt.retried else None
+            if is_unknown != (status.shown_state == UNKNOWN):
+                is_unknown = not is_unknown
+                progress.note(
+                    "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
+                )
             if status.state != RUNNING:
                 print_end(run, _exit_code(status))
                 return _exit_code(status)
-            if current is None and status.stage:
+            if current is None and status.stage and not waits:
                 current = jobs[status.stage]
                 progress.stage_started(current)
             if current is not None:
@@ -67,6 +80,8 @@ def print_end(run: RunDir, code: int) -> None:
     print(f"\n{status.stage} {status.state}", file=sys.stderr)
     if status.failure:
         print(failure_text(status.failure), file=sys.stderr)
+    if note := end_note(status.attempts):
+        print(note, file=sys.stderr)
     if any(run.checkpoints.glob("step_*/manifest.json")):
         print(f"continue: launch runs resume {run.root}", file=sys.stderr)
 

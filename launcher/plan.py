@@ -13,6 +13,7 @@ from typing import Any
 from cluster.inventory import Selection
 from cluster.job import JobSpec, Meeting
 from cluster.nodes import Node
+from cluster.retry import RetryLimits
 from trainer.ds_config import deepspeed_config
 from trainer.spec import (
     SPEC_VERSION,
@@ -89,6 +90,9 @@ class Plan:
     memory: MemoryEstimate | None
     recipe_files: tuple[str, ...]
     command: str
+    retry: RetryLimits
+    hang_s: int
+    """Seconds without a sign of life of any rank that are a hang; 0: hangs are not looked for."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "digest": self.spec.digest()}
@@ -143,6 +147,9 @@ def plan_run(
         memory=memory,
         recipe_files=tuple(str(f) for f in loaded.files),
         command=options.command,
+        # In a debug session a person looks on: whatever happens is the result.
+        retry=RetryLimits() if options.debug else RetryLimits(**recipe.retry.model_dump()),
+        hang_s=0 if options.debug else recipe.run.hang_s,
     )
 
 

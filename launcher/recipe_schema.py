@@ -171,8 +171,25 @@ class Evaluate(Section):
     """Exit with an error when an expectation is not met by the tuned model."""
 
 
+class Retry(Section):
+    """When a run goes on by itself after a failure, from its newest checkpoint. Mistakes and bugs are never tried again, nor what fails twice at the same step."""
+
+    crashes: int = Field(default=3, ge=0)
+    """Further attempts after a worker was killed or met an error that may pass (CUDA, NCCL, network); 0: none. One card that fails now and then is survived, one that is broken is not tried for ever."""
+    node_losses: int = Field(default=5, ge=0)
+    """Further attempts after a host went away; 0: none. With the doubled waits between them there is time to start it again."""
+    preemptions: int = Field(default=20, ge=0)
+    """Further attempts after a scheduler ended the workers; 0: none. They say nothing about the run, so there are many."""
+    hangs: int = Field(default=2, ge=0)
+    """Further attempts after a hang (run.hang_s); 0: none. Each has cost run.hang_s already."""
+    per_steps: Positive = 1000
+    """A failure no longer counts once training has gone this many optimizer steps beyond it: a long run gets as many chances as a short one."""
+    wait_s: float = Field(default=5.0, ge=0)
+    """Seconds before the first further attempt; twice as long before each that follows, at most 300."""
+
+
 class Run(Section):
-    """Where results go."""
+    """Where results go, and how long to wait."""
 
     name: str | None = Field(default=None, pattern=r"^[^/\\\s]+$")
     """Name at the start of the run folder. Default: the recipe file's name."""
@@ -180,6 +197,8 @@ class Run(Section):
     """Folder of run folders, relative to the current directory."""
     timeout_s: Positive = 1800
     """Limit of every wait between processes, in seconds."""
+    hang_s: int = Field(default=600, ge=0)
+    """Training is hung when no rank has gone on for this many seconds; all stacks are then written, and retry.hangs decides; 0: never. Starting, the first step and saving have until run.timeout_s."""
 
 
 class Cluster(Section):
@@ -203,6 +222,7 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    retry: Retry = Retry()
     run: Run = Run()
     cluster: Cluster = Cluster()
 

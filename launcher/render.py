@@ -7,6 +7,7 @@ import time
 
 from cluster.registry import load
 
+from .attempts import attempt_lines
 from .memory import MemoryEstimate
 from .plan import Plan
 from .progress import clock
@@ -27,6 +28,7 @@ def plan_page(plan: Plan) -> str:
     if plan.memory is not None:
         lines += _rows("memory", _memory(plan.memory))
     lines += _rows("checkpoints", [_checkpoint_line(plan)])
+    lines += _rows("failures", [_retry_line(plan)])
     lines += _rows("stages", [" -> ".join(job.name for job in plan.jobs)])
     lines += _rows("deepspeed", [_compact(spec.deepspeed)])
     lines += ["", "commands ({model_dir}: the folder that prepare finds or makes)"]
@@ -83,6 +85,19 @@ def _checkpoint_line(plan: Plan) -> str:
     return f"{when}, the newest {checkpoint.keep} are kept{size}; {how}"
 
 
+def _retry_line(plan: Plan) -> str:
+    retry = plan.retry
+    budgets = (
+        (retry.crashes, "crashes"),
+        (retry.node_losses, "lost nodes"),
+        (retry.preemptions, "preemptions"),
+        (retry.hangs, "hangs"),
+    )
+    given = ", ".join(f"{number} {what}" for number, what in budgets if number)
+    hang = f"; a hang: {plan.hang_s} s without a sign of life" if plan.hang_s else "; hangs are not looked for"
+    return (f"goes on by itself after {given} within {retry.per_steps} steps" if given else "stops at the first") + hang
+
+
 def _compact(config: dict[str, object]) -> str:
     import json
 
@@ -92,16 +107,25 @@ def _compact(config: dict[str, object]) -> str:
 def run_line(run: RunDir, status: Status) -> str:
     """One row of `launch runs`."""
     when = time.strftime("%m-%d %H:%M", time.localtime(status.started))
-    return f"{run.run_id:<48} {status.state:<10} {status.stage:<12} attempt {status.attempt}  {when}"
+    return f"{run.run_id:<48} {status.shown_state:<10} {status.stage:<12} attempt {status.attempt}  {when}"
 
 
 def run_page(run: RunDir, status: Status) -> str:
     """`launch runs show`: the state of each stage, the first cause of a failure, and where things are."""
-    lines = [f"{run.run_id}  {status.state}  attempt {status.attempt}", f"folder        {run.root}"]
+    lines = [f"{run.run_id}  {status.shown_state}  attempt {status.attempt}", f"folder        {run.root}"]
     for stage, state in status.stages.items():
         seconds = status.seconds.get(stage)
         lines.append(f"{stage:<13} {state}" + (f"  {clock(seconds)}" if seconds is not None else ""))
     for label, path in (("adapter", run.adapter), ("merged", run.merged), ("report", run.report / "report.html")):
         if path.exists():
             lines.append(f"{label:<13} {path}")
+    if status.unreachable_since is not None:
+        since = time.strftime("%m-%d %H:%M:%S", time.localtime(status.unreachable_since))
+        lines.append(f"unreachable   since {since}; it may well go on, and nothing is started beside it")
+    if status.next_attempt_at is not None:
+        lines.append(
+            f"waiting       {max(status.next_attempt_at - time.time(), 0):.0f} s before attempt {status.attempt + 1}"
+        )
+    if status.attempts:
+        lines += ["attempts", *attempt_lines(status.attempts, time.time())]
     return "\n".join(lines)

@@ -22,6 +22,8 @@ FREE = (
     "cluster",
     "evaluate",
     "parallel",
+    "retry",
+    "run.hang_s",
     "run.timeout_s",
     "model.trust_remote_code",
     "train.accumulate",

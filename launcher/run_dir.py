@@ -166,6 +166,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def append_event(path: Path, name: str, fields: dict[str, Any]) -> None:
+    """Append {"time", "event": name, **fields} to events.jsonl; on a line of its own also after one that a crash cut short."""
+    row = json.dumps({"time": round(time.time(), 3), "event": name, **fields}, ensure_ascii=False)
+    with open(path, "ab+") as f:
+        if f.tell() > 0:
+            f.seek(-1, os.SEEK_END)
+            row = row if f.read(1) == b"\n" else "\n" + row
+        f.write(f"{row}\n".encode())
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file that this program wrote."""
     return json.loads(path.read_text(encoding="utf-8"))

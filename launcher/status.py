@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import time
 from dataclasses import dataclass, field
@@ -14,7 +15,34 @@ from .errors import LaunchError
 from .run_dir import RunDir, read_json, write_json
 
 RUNNING, SUCCEEDED, FAILED, STOPPED, CRASHED = "running", "succeeded", "failed", "stopped", "crashed"
-DONE = "done"
+UNKNOWN, DONE = "unknown", "done"
+
+
+@dataclass
+class Attempt:
+    """One start of a run's workers, and how it ended."""
+
+    number: int
+    started: float
+    """Seconds since 1970, as `ended`."""
+    ended: float | None = None
+    stage: str = ""
+    """The one in which it ended."""
+    step: int | None = None
+    """The last optimizer step that was done; None before there was one."""
+    cause: str = ""
+    """done | stopped, or one of cluster.retry.Cause; "" while it runs."""
+    message: str = ""
+    """The first cause, in one line."""
+    noticed_s: float | None = None
+    """Seconds from the last sign of life until it was noticed; None where nobody knows."""
+    retried: bool = False
+    why: str = ""
+    """Why it was tried again, or was not."""
+    wait_s: float = 0.0
+    """Before the next attempt."""
+    next_step: int | None = None
+    """The step of the checkpoint from which the next attempt goes on; None: from the beginning."""
 
 
 @dataclass
@@ -37,10 +65,21 @@ class Status:
     failure: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each finished stage of this attempt."""
+    attempts: list[Attempt] = field(default_factory=list)
+    """All of them, the present one last; empty in runs of versions that did not keep them."""
+    next_attempt_at: float | None = None
+    """When the next attempt begins (seconds since 1970), while it is waited for."""
+    unreachable_since: float | None = None
+    """Since when nobody can say how the job is; None while that is known. It may well run."""
 
     def write(self, run: RunDir) -> None:
         self.updated = time.time()
-        write_json(run.status, vars(self))
+        write_json(run.status, dataclasses.asdict(self))
+
+    @property
+    def shown_state(self) -> str:
+        """The state for people: a job that cannot be asked is `unknown`, and still treated as running."""
+        return UNKNOWN if self.state == RUNNING and self.unreachable_since is not None else self.state
 
     @property
     def supervisor(self) -> ProcessIdentity:
@@ -51,7 +90,8 @@ def read_status(run: RunDir) -> Status:
     """The run's state now. Raises LaunchError when the folder is no run."""
     if not run.status.is_file():
         raise LaunchError(f"{run.root} is not a run folder (no status.json)", "List the runs: launch runs")
-    status = Status(**read_json(run.status))
+    data = read_json(run.status)
+    status = Status(**{**data, "attempts": [Attempt(**row) for row in data.get("attempts", [])]})
     # On a shared file system the supervisor may be another host's process, which cannot be looked at from here.
     if status.state == RUNNING and status.host == socket.gethostname() and not is_alive(status.supervisor):
         status.state = CRASHED

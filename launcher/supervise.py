@@ -17,12 +17,15 @@ from typing import IO, Any, Protocol
 from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus, Meeting, NodeShare
 from cluster.processes import ProcessIdentity
 from cluster.registry import load
-from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER
+from cluster.retry import Cause, Fault, RetryLimits, Verdict, decide
+from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER
 
+from .attempts import DONE_CAUSE, STOPPED_CAUSE, close, earlier_attempts, fault_of, retry_note
 from .errors import LaunchError
-from .run_dir import RunDir, read_json
-from .stages import set_output_aside, with_model_dir
-from .status import DONE, FAILED, RUNNING, STOPPED, SUCCEEDED, Status
+from .job_watch import JobWatch
+from .run_dir import RunDir, read_json, write_json
+from .stages import renumbered, set_output_aside, with_model_dir
+from .status import DONE, FAILED, RUNNING, STOPPED, SUCCEEDED, Attempt, Status
 
 POLL_S = 0.1
 FULL_DISK_BYTES = 2**20
@@ -54,13 +57,15 @@ def hold(run: RunDir) -> IO[str]:
 
 
 class Supervisor:
-    """One attempt of a run. The first SIGINT, SIGTERM or SIGHUP stops it after a checkpoint, the second kills."""
+    """A run, attempt after attempt. The first SIGINT, SIGTERM or SIGHUP stops it after a checkpoint, the second kills."""
 
     def __init__(self, run: RunDir, plan: dict[str, Any], attempt: int, watcher: Watcher) -> None:
-        self.run, self.attempt, self.watcher = run, attempt, watcher
+        self.run, self.plan, self.watcher = run, plan, watcher
         self.backend: Backend = load(plan["backend"])
         self.jobs = [job_from_dict(j) for j in plan["jobs"]]
-        self.signals = 0
+        self.limits = RetryLimits(**plan["retry"])
+        self.faults: list[Fault] = []
+        self.signals: list[int] = []
         self.current: tuple[JobSpec, JobHandle] | None = None
         me = ProcessIdentity.of(os.getpid())
         assert me is not None
@@ -78,31 +83,49 @@ class Supervisor:
         )
 
     def go(self, done: frozenset[str] = frozenset()) -> int:
-        """Run every stage that is not in `done`. Returns 0, 2, 70, 75 or 130; never leaves a process behind."""
+        """Run every stage that is not in `done`, again where the policy says so. Returns 0, 2, 70, 75 or 130.
+
+        Never leaves a process behind.
+        """
         lock = hold(self.run)
         self.run.stop_request.unlink(missing_ok=True)
+        self.status.attempts = earlier_attempts(self.run)
+        self.status.stages.update({name: DONE for name in self.status.stages if name in done})
         restore = self._catch_signals()
         try:
-            for job in self.jobs:
-                if job.name in done:
-                    self.status.stages[job.name] = DONE
-                    continue
-                code = self._stage(job)
-                if code != EXIT_OK:
-                    return code
-                if self.signals:
-                    return self._end(STOPPED, EXIT_INTERRUPTED)
-            return self._end(SUCCEEDED, EXIT_OK)
+            while True:
+                self.status.attempts.append(Attempt(self.status.attempt, time.time()))
+                ended = self._attempt()
+                if ended.state is JobState.SUCCEEDED:
+                    close(self.run, self.status.attempts[-1], self.status.stage, DONE_CAUSE, None, None)
+                    return self._end(SUCCEEDED, EXIT_OK)
+                if ended.state is JobState.STOPPED:
+                    return self._stopped()
+                if not self._tries_again(ended):
+                    assert self.status.exit_code is not None
+                    return self.status.exit_code
         finally:
             restore()
             lock.close()
 
     def _end(self, state: str, code: int) -> int:
-        self.status.state, self.status.exit_code = state, code
+        self.status.state, self.status.exit_code, self.status.next_attempt_at = state, code, None
         self.status.write(self.run)
         return code
 
-    def _stage(self, job: JobSpec) -> int:
+    def _attempt(self) -> JobStatus:
+        """The stages that are not done, one after another, to the end or to the first that fails."""
+        for job in self.jobs:
+            if self.status.stages[job.name] == DONE:
+                continue
+            result = self._stage(job)
+            if result.state is not JobState.SUCCEEDED:
+                return result
+            if self.signals:
+                return JobStatus(JobState.STOPPED, EXIT_INTERRUPTED, None)
+        return JobStatus(JobState.SUCCEEDED, EXIT_OK, None)
+
+    def _stage(self, job: JobSpec) -> JobStatus:
         self.status.stage = job.name
         self.status.stages[job.name] = RUNNING
         self.status.write(self.run)
@@ -110,29 +133,72 @@ class Supervisor:
             os.makedirs(job.log_dir, exist_ok=True)
         except OSError as e:
             raise LaunchError(f"cannot write {job.log_dir}: {e.strerror}", "Free some space.") from None
-        set_output_aside(job, self.attempt)
+        set_output_aside(job, self.status.attempt)
         began = time.monotonic()
         self.watcher.stage_started(job)
         result = self._run_job(with_model_dir(job, self.run))
         seconds = time.monotonic() - began
         self.status.seconds[job.name] = round(seconds, 2)
         self.watcher.stage_ended(job, result, seconds)
-        return self._record(job, result)
-
-    def _record(self, job: JobSpec, result: JobStatus) -> int:
         if result.state is JobState.SUCCEEDED:
             self.status.stages[job.name] = DONE
             self.status.write(self.run)
-            return EXIT_OK
-        stopped = result.state is JobState.STOPPED
-        self.status.state = self.status.stages[job.name] = STOPPED if stopped else FAILED
-        self.status.exit_code = EXIT_INTERRUPTED if stopped else result.exit_code
-        failure = None if result.failure is None else self._with_full_disk(result.failure)
-        if failure is not None:
-            self.status.exit_code = failure.exit_code
-        self.status.failure = dataclasses.asdict(failure) if failure else None
+        return result
+
+    def _stopped(self) -> int:
+        """It ended because it was asked to: by a person, or by a scheduler that wants the machine."""
+        self.status.stages[self.status.stage] = STOPPED if self.status.stages[self.status.stage] != DONE else DONE
+        cause, verdict = STOPPED_CAUSE, None
+        if signal.SIGTERM in self.signals:
+            cause = Cause.PREEMPTION.value
+            verdict = Verdict(False, "the launcher itself was asked to end (SIGTERM); launch runs resume goes on")
+        if self.status.attempts[-1].ended is None:
+            close(self.run, self.status.attempts[-1], self.status.stage, cause, None, verdict)
+        return self._end(STOPPED, EXIT_INTERRUPTED)
+
+    def _tries_again(self, ended: JobStatus) -> bool:
+        """Write the failure down and decide. True once the next attempt may begin; else the run has ended."""
+        stage, attempt = self.status.stage, self.status.attempts[-1]
+        assert ended.failure is not None, "a job that failed says why"
+        failure = self._with_full_disk(ended.failure)
+        fault = fault_of(self.run, attempt.number, stage, failure)
+        self.faults.append(fault)
+        if self.signals and fault.cause is Cause.PREEMPTION:
+            # A scheduler signals all processes of a job at once, the launcher's among them.
+            self._stopped()
+            return False
+        verdict = Verdict(False, "it was asked to stop") if self.signals else decide(self.faults, self.limits)
+        close(self.run, attempt, stage, fault.cause.value, failure, verdict)
+        if not verdict.retry:
+            self.status.stages[stage] = FAILED
+            self.status.failure = dataclasses.asdict(failure)
+            self._end(FAILED, failure.exit_code)
+            return False
+        self.watcher.note(retry_note(attempt))
+        if not self._wait(verdict.wait_s):
+            attempt.retried, attempt.why = False, "it was asked to stop before the next attempt"
+            self._stopped()
+            return False
+        self._renumber()
+        return True
+
+    def _wait(self, seconds: float) -> bool:
+        """False when a signal came meanwhile."""
+        self.status.stages[self.status.stage] = "waiting"
+        self.status.next_attempt_at = time.time() + seconds
         self.status.write(self.run)
-        return EXIT_BUG if self.status.exit_code is None else self.status.exit_code
+        deadline = time.monotonic() + seconds
+        while not self.signals and (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left_s))
+        return not self.signals
+
+    def _renumber(self) -> None:
+        """The next attempt's jobs, with logs of their own; plan.json stays the record of what runs."""
+        self.status.attempt += 1
+        self.status.next_attempt_at = None
+        self.jobs = [renumbered(job, self.run, self.status.attempt) for job in self.jobs]
+        self.plan = {**self.plan, "jobs": [dataclasses.asdict(job) for job in self.jobs]}
+        write_json(self.run.plan, self.plan)
 
     def _with_full_disk(self, failure: Failure) -> Failure:
         """A worker on a full disk cannot write down why it ended."""
@@ -142,19 +208,49 @@ class Supervisor:
         return dataclasses.replace(failure, kind="user", message=message, hint="Free some space.", exit_code=EXIT_USER)
 
     def _run_job(self, job: JobSpec) -> JobStatus:
-        handle = self.backend.start(job)
+        try:
+            handle = self.backend.start(job)
+        except ClusterError as e:
+            if not self.faults or e.exit_code != EXIT_RETRY:
+                raise
+            # What made the last attempt fail may not be over yet.
+            return _failed(Failure(-1, "retry", e.message, e.hint, "", e.exit_code, job.log_dir))
         self.current = (job, handle)
         if self.signals:
             self._stop_current()  # the signal came while the job was being started
+        watch = self._watch(job)
         try:
             while not (status := self.backend.poll(handle)).state.is_terminal:
                 self.watcher.tick(job)
+                self._note_reachable(status.state)
+                if watch is not None and (hang := watch.look(status.state)):
+                    return _failed(hang)
                 time.sleep(POLL_S)
-            return status
+            return status if watch is None else _with_noticed(status, watch)
         finally:
             self.current = None
             # Whatever ended the loop, no process of ours may stay.
             self.backend.kill(handle)
+            if watch is not None:
+                watch.tidy()
+
+    def _watch(self, job: JobSpec) -> JobWatch | None:
+        """Only training may hang for longer than it takes: it waits for other ranks."""
+        if job.name != "train":
+            return None
+        parallel = self.plan["spec"]["parallel"]
+        return JobWatch(job, self.plan["hang_s"], parallel["timeout_s"], parallel["device"] == "cpu")
+
+    def _note_reachable(self, state: JobState) -> None:
+        """A job that cannot be asked may well run: it is waited for, and shown as unknown meanwhile."""
+        is_unknown = state is JobState.UNKNOWN
+        if is_unknown == (self.status.unreachable_since is not None):
+            return
+        self.status.unreachable_since = time.time() if is_unknown else None
+        self.status.write(self.run)
+        self.watcher.note(
+            "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
+        )
 
     def _catch_signals(self) -> Callable[[], None]:
         """Returns the function that puts the old handlers back."""
@@ -170,14 +266,14 @@ class Supervisor:
         return restore
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signals += 1
+        self.signals.append(number)
         if self.current is not None:
             self._stop_current()
 
     def _stop_current(self) -> None:
         assert self.current is not None
         job, handle = self.current
-        if self.signals > 1:
+        if len(self.signals) > 1:
             self.watcher.note("killing the workers")
             self.backend.kill(handle)
         elif job.name == "train":
@@ -186,6 +282,17 @@ class Supervisor:
         else:
             self.watcher.note(f"stopping {job.name}; once more to kill")
             self.backend.stop(handle)
+
+
+def _failed(failure: Failure) -> JobStatus:
+    return JobStatus(JobState.FAILED, failure.exit_code, failure)
+
+
+def _with_noticed(status: JobStatus, watch: JobWatch) -> JobStatus:
+    if status.failure is None or status.failure.noticed_s is not None:
+        return status
+    failure = dataclasses.replace(status.failure, noticed_s=watch.noticed_s(status.failure.rank))
+    return dataclasses.replace(status, failure=failure)
 
 
 def job_from_dict(data: dict[str, Any]) -> JobSpec:
@@ -198,7 +305,7 @@ def job_from_dict(data: dict[str, Any]) -> JobSpec:
 
 
 def supervise(run: RunDir, attempt: int, done: frozenset[str], watcher: Watcher) -> int:
-    """Run the attempt that plan.json describes, in this process. Raises LaunchError when it cannot be started."""
+    """Run the attempt that plan.json describes, and those that follow from it, in this process. Raises LaunchError when it cannot be started."""
     try:
         return Supervisor(run, read_json(run.plan), attempt, watcher).go(done)
     except ClusterError as e:

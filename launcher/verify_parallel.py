@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.job import JobSpec
+from cluster.retry import RetryLimits
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, TrainSpec
 
 from .errors import LaunchError, PlanError
@@ -202,7 +203,9 @@ def _write_layout(plan: Any, loaded: Any, request: Request, folder: VerifyDir, n
     run.create()
     write_run(
         run,
-        dataclasses.replace(plan, spec=spec, jobs=(jobs["prepare"], probe) if number == 0 else (probe,)),
+        dataclasses.replace(
+            plan, spec=spec, jobs=(jobs["prepare"], probe) if number == 0 else (probe,), retry=RetryLimits()
+        ),
         loaded,
         1,
         request,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from .data import TokenData
 from .engine import Ranks
+from .heartbeat import HEARTBEAT
 from .sequence_parallel import rank_batch
 from .spec import TrainSpec
 
@@ -46,12 +47,14 @@ class HeldOut:
         engine.eval()
         with torch.no_grad():
             for rows_of_dp in self.rounds:
+                HEARTBEAT.beat("held-out rows")
                 batch = rank_batch(
                     self.data, rows_of_dp[ranks.dp_rank], ranks.sp_rank, self.spec.parallel.sp, ranks.device
                 )
                 loss = engine(batch.input_ids_1T, batch.labels_1T, batch.position_ids_1T, batch.document_lengths)
                 total += loss.double().cpu()
         engine.train()
+        HEARTBEAT.beat("sum of the held-out loss")
         total = total.to(ranks.device)
         dist.all_reduce(total)
         return HeldOutLoss(float(total) / self.supervised, self.supervised, round(time.perf_counter() - began, 3))

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from .engine import Ranks
 from .generate import Prompter, generate_answers, load_prompter
+from .heartbeat import HEARTBEAT
 from .metrics import append_line
 from .model import PackedLanguageModel
 from .sequence_parallel import whole_rows
@@ -26,6 +27,7 @@ class Sampler:
         """Rank 0 answers one prompt at a time; the others wait. Collective: every rank must call."""
         if not self.enabled:
             return
+        HEARTBEAT.beat("sample answers", step, may_last=True)
         if self.ranks.rank == 0:
             self._answer(model, step)
         dist.barrier()
@@ -43,6 +45,7 @@ class Sampler:
 
     def _answer_all(self, model: PackedLanguageModel, prompter: Prompter, step: int) -> None:
         for prompt in self.prompts:
+            HEARTBEAT.sign()
             system = prompt.system if prompt.system is not None else self.spec.data.system
             messages = [("system", system)] if system is not None else []
             messages.append(("user", prompt.user))

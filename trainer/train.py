@@ -22,6 +22,7 @@ from .clock import Clock
 from .data import Batch, TokenData, num_steps, step_rows
 from .debug_view import check_losses, first_batch_page
 from .engine import Ranks, build_engine, clip_whole_gradient, init_ranks, loss_scaler_state, set_learning_rate
+from .heartbeat import HEARTBEAT
 from .held_out import HeldOut
 from .loss_watch import LossWatch, NotFiniteError, not_finite, require_finite_weights, rows_of_step, what_is_not_finite
 from .metrics import peak_memory_gb
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if spec.method.name != "qlora":
         hide_bitsandbytes()
     prepared = Prepared.read(spec.paths.prepared)
+    HEARTBEAT.beat("join the other ranks")
     ranks = init_ranks(spec)
     stopped = train(spec, prepared, ranks, args.attempt)
     dist.destroy_process_group()
@@ -65,10 +67,13 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     """The run from its newest verified checkpoint on. Returns True when it was asked to stop early."""
     data = TokenData.open(prepared.data_dir)
     total_steps = num_steps(data.num_rows, spec.optim, spec.parallel.dp)
+    HEARTBEAT.beat("load the model")
     model = load_model(spec, prepared.model_dir, ranks.device)
+    HEARTBEAT.beat("find the checkpoint")
     folder, skipped = checkpoint.find(spec, ranks)
     if folder is not None:
         checkpoint.load_weights(model, folder)
+    HEARTBEAT.beat("build the engine")
     engine = build_engine(model, spec)
     progress = Progress()
     if folder is not None:
@@ -103,6 +108,7 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
                 sampler.answer(engine.module, progress.step)
             every = spec.checkpoint.every_steps
             if done or stopping or (every and progress.step % every == 0):
+                HEARTBEAT.beat("save", progress.step, may_last=True)
                 require_finite_weights(engine, progress.step, spec, ranks)
                 log.saved(saver.save(progress.state(), last=done or stopping))
             if held_out.is_due(progress.step) and not (stopping and not done):
@@ -154,22 +160,28 @@ def train_step(
     supervised, tokens = int(data.supervised_per_row[rows].sum()), int(data.tokens_per_row[rows].sum())
     micro_losses: list[torch.Tensor] = []
     with Clock(ranks.device) as clock:
-        for micro_rows in rows_of_dp[ranks.dp_rank]:
+        for micro, micro_rows in enumerate(rows_of_dp[ranks.dp_rank]):
+            HEARTBEAT.beat("data", step + 1, micro)
             batch = rank_batch(data, micro_rows, ranks.sp_rank, sp, ranks.device)
             clock.lap("data")
+            HEARTBEAT.beat("forward", step + 1, micro)
             micro_loss = engine(batch.input_ids_1T, batch.labels_1T, batch.position_ids_1T, batch.document_lengths)
             clock.lap("forward")
+            HEARTBEAT.beat("backward", step + 1, micro)
             # The engine averages gradients over all ranks, hence the factor; accumulation is a plain sum.
             engine.backward(micro_loss * (ranks.world_size / max(supervised, 1)), scale_wrt_gas=False)
             clock.lap("backward")
+            HEARTBEAT.beat("optimizer", step + 1, micro)
             if before_update is not None and engine.is_gradient_accumulation_boundary():
                 before_update()
             whole_norm = clip_whole_gradient(engine, spec.optim.max_grad_norm)
             engine.step()
             clock.lap("optimizer")
             micro_losses.append(micro_loss.detach())
+        HEARTBEAT.beat("sum over all ranks", step + 1)
         loss_sum, stop, memory_gb = _totals(micro_losses, spec, ranks)
         clock.lap("optimizer")
+    HEARTBEAT.step_done(step + 1)
     loss = loss_sum / max(supervised, 1)
     skipped = bool(getattr(engine.optimizer, "overflow", False))
     norm = float(engine.get_global_grad_norm() or 0.0) if whole_norm is None else whole_norm

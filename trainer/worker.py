@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from .heartbeat import HEARTBEAT
 from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TrainError
 
 STAGES = {
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     """Run one stage. Returns 0, 2 (the user can fix it), 70 (our bug), 75 (retry may help) or 130 (stopped).
 
     Side effects: with --log-dir, file descriptors 1 and 2 go to rank_N.log there, and a failure is written as
-    failure_rank_N.json.
+    failure_rank_N.json. Training leaves signs of life there too (heartbeat.py).
     """
     parser = argparse.ArgumentParser(prog="trainer.worker")
     parser.add_argument("stage", choices=STAGES)
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     if known.log_dir:
         die_with_parent()
         _redirect(Path(known.log_dir) / f"rank_{rank}.log")
+        if known.stage == "train":
+            HEARTBEAT.start(Path(known.log_dir), rank)
     try:
         _check_identity(known.package_root)
         stage = importlib.import_module(STAGES[known.stage])

@@ -65,12 +65,13 @@ def test_killed_workers_resume_with_the_losses_of_a_straight_run(
     processes: str,
     step: int,
 ) -> None:
-    command = started(long_recipe, "--cpu", processes, *FP32)
+    command = started(long_recipe, "--cpu", processes, *FP32, "--set", "retry.crashes=0")
     run = run_when_at_step(work, step)
     os.kill(worker_pids(run)[-1], signal.SIGKILL)
     output, _ = command.communicate(timeout=60)
     assert command.returncode == 75, output
     assert "SIGKILL" in output
+    assert "not tried again: retry.crashes is 0" in output
     wait_until(lambda: not worker_pids(run), 10, "no worker left")
     resumed = launch("runs", "resume", str(run), cwd=work)
     if step < 7:

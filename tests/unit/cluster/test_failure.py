@@ -3,8 +3,7 @@
 import pytest
 
 from cluster.explain import explain
-from cluster.failure import Decision, RetryLimits, decide, first_cause, is_secondary, worker_exit_codes
-from cluster.job import Failure
+from cluster.failure import first_cause, is_secondary, worker_exit_codes
 
 AGENT_REPORT = """\
 W1122 06:22:43.212000 7557 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7561 closing signal SIGTERM
@@ -128,7 +127,7 @@ def test_a_killed_rank_goes_before_those_that_lost_their_connection():
 )
 def test_each_signal_has_a_meaning(signum, exit_code, words):
     first = cause(exit_codes={0: -signum})
-    assert (first.kind, first.exit_code) == ("killed", exit_code)
+    assert (first.kind, first.exit_code) == ("preempted" if signum == 15 else "killed", exit_code)
     assert words in first.message
     assert first.hint
 
@@ -148,6 +147,14 @@ def test_only_noise_is_reported_with_a_hint_to_look_further():
     first = cause([told(1, "RuntimeError: Connection closed by peer", 20), told(0, GLOO, 10)])
     assert first.rank == 0
     assert "Another rank went first" in first.hint
+    # Whoever went first may not do so again.
+    assert (first.kind, first.exit_code) == ("retry", 75)
+
+
+def test_an_agent_that_was_asked_to_end_is_the_cause_of_what_its_workers_ended_with():
+    log = "torch.distributed.elastic.multiprocessing.api.SignalException: Process 4711 got signal: 15"
+    first = cause(exit_codes={0: -9, -1: 1}, agent_log=log)
+    assert (first.rank, first.kind, first.exit_code) == (-1, "preempted", 75)
 
 
 def test_a_worker_that_dies_before_it_can_write_is_read_from_the_agents_log():
@@ -236,26 +243,3 @@ def test_a_known_exception_becomes_the_users_to_fix():
 def test_the_workers_own_hint_stays():
     first = cause([told(1, "no space", 1, kind="user", exit_code=2, hint="Delete old runs.")])
     assert first.hint == "Delete old runs."
-
-
-@pytest.mark.parametrize(
-    ("kind", "exit_code", "attempt", "max_retries", "decision"),
-    [
-        ("killed", 75, 1, 0, Decision.STOP),
-        ("killed", 75, 1, 1, Decision.RETRY),
-        ("killed", 75, 2, 1, Decision.STOP),
-        ("killed", 70, 1, 3, Decision.STOP),
-        ("killed", 2, 1, 3, Decision.STOP),
-        ("retry", 75, 3, 3, Decision.RETRY),
-        ("retry", 75, 4, 3, Decision.STOP),
-        ("user", 2, 1, 3, Decision.STOP),
-        ("bug", 70, 1, 3, Decision.STOP),
-    ],
-)
-def test_retry_policy(kind, exit_code, attempt, max_retries, decision):
-    failure = Failure(0, kind, "m", "", "", exit_code, "/logs/rank_0.log")
-    assert decide(failure, attempt, RetryLimits(max_retries)) is decision
-
-
-def test_nothing_is_retried_unless_asked():
-    assert decide(Failure(0, "killed", "m", "", "", 75, ""), 1, RetryLimits()) is Decision.STOP

@@ -20,7 +20,7 @@ JOB = JobSpec("merge", "trainer.worker", ("merge", "--out", "X"), 1, (), {}, "L"
 
 def supervisor(root: Path) -> Supervisor:
     run = RunDir(root)
-    return Supervisor(run, {"backend": "torchrun", "jobs": []}, 1, Progress(run, io.StringIO()))
+    return Supervisor(run, {"backend": "torchrun", "jobs": [], "retry": {}}, 1, Progress(run, io.StringIO()))
 
 
 def test_second_launcher_is_refused(tmp_path: Path) -> None:
