@@ -19,6 +19,7 @@ from .cli_cluster import app as cluster_app
 from .cli_recipes import app as recipes_app
 from .cli_runs import ForceKey, Sets
 from .cli_runs import app as runs_app
+from .cli_submit import submit_command, submitted_command
 from .cli_verify import app as verify_app
 from .errors import LaunchError
 from .recipe_library import shipped_names
@@ -202,6 +203,10 @@ def doctor_command() -> None:
     checks = doctor.run_doctor()
     typer.echo(doctor.render(checks))
     raise typer.Exit(doctor.exit_code(checks))
+
+
+app.command("submit")(submit_command)
+app.command("_submitted", hidden=True)(submitted_command)
 
 
 @app.command("_supervise", hidden=True)

@@ -35,8 +35,14 @@ def list_command(runs_dir: RunsDir = DEFAULT_DIR) -> None:
     runs = list_runs(runs_dir)
     if not runs:
         typer.echo(f"no runs in {runs_dir.resolve()}")
+    lines = {}
+    if submitted := [run for run in runs if run.submission.is_file()]:
+        from . import submitted_runs
+
+        seen = submitted_runs.observe_all(submitted)
+        lines = {run: submitted_runs.run_line(run, seen[run]) for run in submitted}
     for run in runs:
-        typer.echo(run_line(run, read_status(run)))
+        typer.echo(lines[run] if run in lines else run_line(run, read_status(run)))
 
 
 @app.command("show")
@@ -48,6 +54,11 @@ def show_command(run: RunArg, runs_dir: RunsDir = DEFAULT_DIR) -> None:
     from .supervise import failure_text
 
     found = find_run(run, runs_dir)
+    if found.submission.is_file():
+        from . import submitted_runs
+
+        submitted_runs.show(found)
+        return
     status = read_status(found)
     typer.echo(run_page(found, status))
     if status.failure:
@@ -67,7 +78,13 @@ def logs_command(
     from .follow import print_logs
     from .status import find_run
 
-    print_logs(find_run(run, runs_dir), stage, rank, lines, follow)
+    found = find_run(run, runs_dir)
+    if found.submission.is_file() and stage is None and rank is None:
+        from . import submitted_runs
+
+        submitted_runs.print_logs(found, lines, follow)
+        return
+    print_logs(found, stage, rank, lines, follow)
 
 
 @app.command("watch")
@@ -76,7 +93,12 @@ def watch_command(run: RunArg, runs_dir: RunsDir = DEFAULT_DIR) -> None:
     from .follow import watch
     from .status import find_run
 
-    raise typer.Exit(watch(find_run(run, runs_dir)))
+    found = find_run(run, runs_dir)
+    if found.submission.is_file():
+        from . import submitted_runs
+
+        raise typer.Exit(submitted_runs.watch(found))
+    raise typer.Exit(watch(found))
 
 
 @app.command("stop")
@@ -90,7 +112,13 @@ def stop_command(
     from .follow import stop
     from .status import find_run
 
-    stop(find_run(run, runs_dir), now, wait_s)
+    found = find_run(run, runs_dir)
+    if found.submission.is_file():
+        from . import submitted_runs
+
+        submitted_runs.stop(found, now, wait_s)
+        return
+    stop(found, now, wait_s)
 
 
 @app.command("resume")

@@ -26,6 +26,7 @@ from trainer.spec import (
     OptimSpec,
     ParallelSpec,
     PromptSpec,
+    SecretSpec,
     TrainSpec,
 )
 
@@ -215,6 +216,7 @@ def _spec(
         deepspeed={},
         debug=options.debug,
         profile_steps=options.profile_steps,
+        secrets=tuple(SecretSpec(secret.name, secret.file or "") for secret in recipe.secrets),
     )
 
 

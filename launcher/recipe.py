@@ -42,9 +42,10 @@ class LoadedRecipe:
         return self.recipe.run.name or self.files[0].stem.replace(" ", "_")
 
 
-def load_recipe(path: Path, sets: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(path: Path, sets: Sequence[str] = (), elsewhere: Sequence[Path] = ()) -> LoadedRecipe:
     """Read a recipe file (or a shipped recipe's name), what it extends, and `--set` flags ("train.epochs=2").
 
+    `elsewhere`: folders of the machine that will run it; files in them need not exist here.
     Raises LaunchError when there is no such recipe, RecipeError with every mistake otherwise.
     """
     found = Findings()
@@ -57,7 +58,7 @@ def load_recipe(path: Path, sets: Sequence[str] = ()) -> LoadedRecipe:
             tree = layer if tree is None else overlay(tree, layer, found)
     if tree is None or any(node is None for _, node in chain):
         raise RecipeError(found.problems)
-    tree = resolve_paths(tree, found)
+    tree = resolve_paths(tree, found, elsewhere)
     recipe = _validate(tree, chain[0][0], found)
     check_contradictions(tree, found)
     if recipe is None or found.problems:

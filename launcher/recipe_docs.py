@@ -34,6 +34,7 @@ def json_schema() -> dict[str, Any]:
         forms = [section["properties"][key] if whole.get("type") == "array" else _bare(whole)]
         reference = schema["properties"][name]["$ref"]
         schema["properties"][name] = {"anyOf": [*forms, {"$ref": reference}], "description": section["description"]}
+    _accept_items(schema, "secrets", "secrets")
     schema["properties"] = {"extends": {"type": "string", "description": _EXTENDS}, **schema["properties"]}
     required = schema.pop("required")
     schema["anyOf"] = [{"required": ["extends"]}, {"required": required}]

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .recipe_schema import Recipe
+from .recipe_schema import PATTERNS, Recipe
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
     if annotation is bool:
         return "true or false"
     if annotation is str:
-        return (
-            "a text"
-            if not metadata
-            else "a text, not empty"
-            if MinLen(1) in metadata
-            else "a text without spaces or slashes"
-        )
+        patterns = [words for m in metadata if (words := PATTERNS.get(getattr(m, "pattern", None) or ""))]
+        return patterns[0] if patterns else "a text, not empty" if MinLen(1) in metadata else "a text"
     return f"{'a whole number' if annotation is int else 'a number'}{_range_words(annotation, metadata)}"
 
 

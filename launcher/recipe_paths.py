@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .recipe_layers import Findings, get
@@ -19,17 +20,31 @@ _SOURCES = (
 )
 
 
-def resolve_paths(tree: Node, found: Findings) -> Node:
-    """`tree` with absolute data files, template file and local model; every missing one is a problem."""
-    for path, resolve in (("model.source", _resolve_model), ("data.template", _resolve_template)):
+def resolve_paths(tree: Node, found: Findings, elsewhere: Sequence[Path] = ()) -> Node:
+    """`tree` with absolute data files, template file and local model; every missing one is a problem.
+
+    `elsewhere`: absolute folders of other machines. What a recipe names in them is taken as it is written.
+    """
+    for path in ("model.source", "data.template", *data_file_paths(tree)):
         node = get(tree, path)
-        if node is not None and isinstance(node.value, str) and node.value:
-            tree = _replaced(tree, path.split("."), resolve(node, found))
-    for path in data_file_paths(tree):
-        node = get(tree, path)
-        if node is not None and isinstance(node.value, str) and node.value:
-            tree = _replaced(tree, path.split("."), _resolve_file(node, found, "data file"))
+        if node is None or not isinstance(node.value, str) or not node.value:
+            continue
+        if lies_in(node.value.removeprefix("random:"), elsewhere):
+            continue
+        if path == "model.source":
+            value = _resolve_model(node, found)
+        elif path == "data.template":
+            value = _resolve_template(node, found)
+        else:
+            value = _resolve_file(node, found, "data file")
+        tree = _replaced(tree, path.split("."), value)
     return tree
+
+
+def lies_in(text: str, folders: Sequence[Path]) -> bool:
+    """Whether `text` is an absolute path to or below one of `folders`, as written: nothing is looked up."""
+    path = Path(os.path.normpath(text))
+    return path.is_absolute() and any(path.is_relative_to(folder) for folder in folders)
 
 
 def data_file_paths(tree: Node) -> list[str]:

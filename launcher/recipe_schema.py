@@ -9,6 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+FILE_NAME, VARIABLE, FULL_PATH = r"^[^/\\\s]+$", r"^[A-Z][A-Z0-9_]*$", r"^(/|~/).+$"
+PATTERNS = {
+    FILE_NAME: "a text without spaces or slashes",
+    VARIABLE: "the name of an environment variable, in capitals",
+    FULL_PATH: "a path that starts with / or ~/",
+}
+"""What each pattern of a text means, for errors and the reference."""
 Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Format = Literal["auto", "conversation", "alpaca", "messages", "sharegpt", "text"]
@@ -191,7 +198,7 @@ class Retry(Section):
 class Run(Section):
     """Where results go, and how long to wait."""
 
-    name: str | None = Field(default=None, pattern=r"^[^/\\\s]+$")
+    name: str | None = Field(default=None, pattern=FILE_NAME)
     """Name at the start of the run folder. Default: the recipe file's name."""
     dir: str = "runs"
     """Folder of run folders, relative to the current directory."""
@@ -212,6 +219,15 @@ class Cluster(Section):
     """TCP port of the first host at which the processes meet; 0 takes a free one."""
 
 
+class Secret(Section):
+    """A secret that workers need, by name: its value is read where they run, and written nowhere. Short form: the name."""
+
+    name: str = Field(pattern=VARIABLE)
+    """Environment variable under which libraries look for it, such as HF_TOKEN."""
+    file: str | None = Field(default=None, pattern=FULL_PATH)
+    """File on the workers' machines that holds the value (/... or ~/...). Default: the variable is set there."""
+
+
 class Recipe(Section):
     """A fine-tuning run, as a person writes it."""
 
@@ -225,11 +241,18 @@ class Recipe(Section):
     retry: Retry = Retry()
     run: Run = Run()
     cluster: Cluster = Cluster()
+    secrets: list[Secret] = []
+    """Secrets that workers need, by name."""
 
 
 # Short forms: section -> the key that a bare scalar or list stands for.
 SHORT_FORMS: dict[str, str] = {"model": "source", "method": "name", "data": "files", "evaluate": "prompts"}
 # Lists whose items may be bare scalars: dotted path -> the key that a scalar item stands for.
-ITEM_SHORT_FORMS: dict[str, str] = {"data.files": "path", "data.held_out_files": "path", "evaluate.prompts": "user"}
+ITEM_SHORT_FORMS: dict[str, str] = {
+    "data.files": "path",
+    "data.held_out_files": "path",
+    "evaluate.prompts": "user",
+    "secrets": "name",
+}
 # Keys that may be written as null, meaning "not set"; null anywhere else is an error, because it is not "default".
 NULLABLE = frozenset({"data.system", "evaluate.prompts.*.system"})

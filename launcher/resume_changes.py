@@ -25,6 +25,7 @@ FREE = (
     "retry",
     "run.hang_s",
     "run.timeout_s",
+    "secrets",
     "model.trust_remote_code",
     "train.accumulate",
     "train.compile",

@@ -105,6 +105,16 @@ class RunDir:
         return self.root / "stop_requested"
 
     @property
+    def submission(self) -> Path:
+        """Where and how the run was submitted; only a run on another machine has it."""
+        return self.root / "submission.json"
+
+    @property
+    def job_log(self) -> Path:
+        """What a submitted run's launcher printed, kept once the run has ended."""
+        return self.root / "job.log"
+
+    @property
     def supervisor_log(self) -> Path:
         return self.root / "supervisor.log"
 
@@ -116,10 +126,12 @@ class RunDir:
         return self.root / "logs" / f"attempt_{attempt}" / stage
 
     def create(self) -> None:
-        """Raises LaunchError when it exists or cannot be made."""
+        """Raises LaunchError when it exists or cannot be made. The record of its own submission may be in it already."""
         try:
             self.root.mkdir(parents=True)
         except FileExistsError:
+            if os.listdir(self.root) == [self.submission.name]:
+                return
             raise LaunchError(f"{self.root} exists", "Give another --run-dir, or continue it with --resume.") from None
         except OSError as e:
             raise LaunchError(

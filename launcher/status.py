@@ -89,6 +89,11 @@ class Status:
 def read_status(run: RunDir) -> Status:
     """The run's state now. Raises LaunchError when the folder is no run."""
     if not run.status.is_file():
+        if run.submission.is_file():
+            raise LaunchError(
+                f"{run.run_id} runs on a Ray cluster, and its files are there",
+                f"See where: launch runs show {run.run_id}",
+            )
         raise LaunchError(f"{run.root} is not a run folder (no status.json)", "List the runs: launch runs")
     data = read_json(run.status)
     status = Status(**{**data, "attempts": [Attempt(**row) for row in data.get("attempts", [])]})
@@ -101,7 +106,7 @@ def read_status(run: RunDir) -> Status:
 def find_run(name: str, runs_dir: Path) -> RunDir:
     """A run by its folder, its id, the start of its id, or `last`. Raises LaunchError with the nearest names."""
     path = Path(name)
-    if (path / "status.json").is_file():
+    if (path / "status.json").is_file() or (path / "submission.json").is_file():
         return RunDir(path.resolve())
     runs = list_runs(runs_dir)
     if name == "last" and runs:
@@ -118,8 +123,8 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
 
 
 def list_runs(runs_dir: Path) -> list[RunDir]:
-    """Run folders in `runs_dir`, newest first."""
+    """Run folders in `runs_dir`, and records of submitted runs, newest first."""
     if not runs_dir.is_dir():
         return []
-    runs = [RunDir(p.parent.resolve()) for p in runs_dir.glob("*/status.json")]
-    return sorted(runs, key=lambda r: r.status.stat().st_mtime, reverse=True)
+    found = {p.parent.resolve(): p for name in ("status.json", "submission.json") for p in runs_dir.glob(f"*/{name}")}
+    return [RunDir(root) for root in sorted(found, key=lambda root: found[root].stat().st_mtime, reverse=True)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SPEC_VERSION = 4
+SPEC_VERSION = 5
 
 EXIT_OK = 0
 EXIT_USER = 2
@@ -179,6 +179,16 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True)
+class SecretSpec:
+    """A secret by name. Its value is never in a plan: each worker reads it where it runs."""
+
+    name: str
+    """Environment variable under which libraries look for it."""
+    file: str
+    """File on the worker's machine that holds the value (~ is the home folder there); "": the variable is set already."""
+
+
+@dataclass(frozen=True)
 class PathsSpec:
     """Absolute paths inside the run folder. The launcher decides them; the trainer never joins its own."""
 
@@ -219,6 +229,7 @@ class TrainSpec:
     debug: bool
     profile_steps: tuple[int, ...]
     """1-based optimizer steps that the profiler records; empty: none."""
+    secrets: tuple[SecretSpec, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from .heartbeat import HEARTBEAT
-from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TrainError
+from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TrainError, read_plan
+from .worker_secrets import provide
 
 STAGES = {
     "connect": "trainer.connect",
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
             HEARTBEAT.start(Path(known.log_dir), rank)
     try:
         _check_identity(known.package_root)
+        _provide_secrets(rest)
         stage = importlib.import_module(STAGES[known.stage])
         stage_parser = _StageParser(prog=f"trainer.worker {known.stage}")
         stage.add_arguments(stage_parser)
@@ -92,6 +94,12 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _provide_secrets(stage_argv: list[str]) -> None:
+    """Before anything heavy is imported: a library may look for its token at import. Stages without a plan need none."""
+    if "--plan" in stage_argv:
+        provide(read_plan(stage_argv[stage_argv.index("--plan") + 1]).secrets, os.environ)
 
 
 def _redirect(log: Path) -> None:
