@@ -19,6 +19,7 @@ from support.hosts import Host
 
 RAY = Path(sys.executable).with_name("ray")
 HTTPS_PORT = 8443
+_SELF_SIGNED = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=head")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def ray_cluster(found: Sequence[Host], folder: Path, token: str, **extra: str) -
     head, *others = found
     start = [str(RAY), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
     options = ["--head", "--port=6379", "--dashboard-host=127.0.0.1", f"--temp-dir={session}"]
-    certificate = _certificate(head, folder)
+    certificate = self_signed(head.address, folder)
     proxy = [sys.executable, str(Path(__file__).with_name("tls_proxy.py")), str(HTTPS_PORT), "8265", str(folder)]
     log = open(folder / "ray.log", "wb")  # noqa: SIM115  # closed below
     started: list[subprocess.Popen[bytes]] = []
@@ -104,12 +105,19 @@ def _wait_for_dashboard(head: Host, folder: Path) -> None:
         raise AssertionError((folder / "ray.log").read_text(errors="replace")[-4000:]) from e
 
 
-def _certificate(host: Host, folder: Path) -> Path:
-    """A self-signed one for the host's address, which is its own authority."""
+def self_signed(address: str, folder: Path) -> Path:
+    """A certificate for `address`, which is its own authority; its key lies beside it."""
     path = folder / "proxy.pem"
     made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=head"]
-        + ["-addext", f"subjectAltName=IP:{host.address}", "-keyout", str(folder / "proxy.key"), "-out", str(path)],
+        [
+            *_SELF_SIGNED,
+            "-addext",
+            f"subjectAltName=IP:{address}",
+            "-keyout",
+            str(folder / "proxy.key"),
+            "-out",
+            str(path),
+        ],
         check=False,
         capture_output=True,
         text=True,
