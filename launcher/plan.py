@@ -216,7 +216,7 @@ def _spec(
         deepspeed={},
         debug=options.debug,
         profile_steps=options.profile_steps,
-        secrets=tuple(SecretSpec(secret.name, secret.file or "") for secret in recipe.secrets),
+        secrets=tuple(SecretSpec(secret.name, secret.path or "") for secret in recipe.secrets),
     )
 
 

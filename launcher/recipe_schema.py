@@ -224,7 +224,7 @@ class Secret(Section):
 
     name: str = Field(pattern=VARIABLE)
     """Environment variable under which libraries look for it, such as HF_TOKEN."""
-    file: str | None = Field(default=None, pattern=FULL_PATH)
+    path: str | None = Field(default=None, pattern=FULL_PATH)
     """File on the workers' machines that holds the value (/... or ~/...). Default: the variable is set there."""
 
 

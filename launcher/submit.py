@@ -140,7 +140,7 @@ def own_version() -> str:
 
 
 def _page(loaded: LoadedRecipe, items: list[upload.Item], env: Mapping[str, str], run_dir: str, client: RayJobs) -> str:
-    secrets = [f"{s.name} (read on the workers, from {s.file or 'their environment'})" for s in loaded.recipe.secrets]
+    secrets = [f"{s.name} (read on the workers, from {s.path or 'their environment'})" for s in loaded.recipe.secrets]
     variables = [f"{name}={value}" for name, value in sorted(env.items())]
     return "\n".join(
         [

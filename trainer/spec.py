@@ -184,7 +184,7 @@ class SecretSpec:
 
     name: str
     """Environment variable under which libraries look for it."""
-    file: str
+    path: str
     """File on the worker's machine that holds the value (~ is the home folder there); "": the variable is set already."""
 
 

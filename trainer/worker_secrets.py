@@ -16,18 +16,18 @@ def provide(secrets: Iterable[SecretSpec], env: MutableMapping[str, str]) -> Non
     """
     missing = []
     for secret in secrets:
-        if not secret.file:
+        if not secret.path:
             if not env.get(secret.name):
                 missing.append(f"{secret.name} is not set in the workers' environment")
             continue
         try:
-            value = Path(os.path.expanduser(secret.file)).read_text(encoding="utf-8").strip()
+            value = Path(os.path.expanduser(secret.path)).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
             why = (e.strerror or "unreadable") if isinstance(e, OSError) else "not a text"
-            missing.append(f"{secret.name}: {secret.file}: {why}")
+            missing.append(f"{secret.name}: {secret.path}: {why}")
             continue
         if not value or "\0" in value:
-            missing.append(f"{secret.name}: {secret.file} holds no value")
+            missing.append(f"{secret.name}: {secret.path} holds no value")
             continue
         env[secret.name] = value
     if missing:
@@ -35,5 +35,5 @@ def provide(secrets: Iterable[SecretSpec], env: MutableMapping[str, str]) -> Non
         raise TrainError(
             f"secrets of the recipe are missing on {host}: {'; '.join(missing)}",
             "Set the variable where the workers start (on a Ray cluster: before `ray start`, on every node), or name a file "
-            "there: secrets: [{name: HF_TOKEN, file: ~/.hf_token}]",
+            "there: secrets: [{name: HF_TOKEN, path: ~/.hf_token}]",
         )

@@ -164,7 +164,7 @@ def test_a_missing_secret_stops_the_first_worker_and_a_present_one_is_written_no
 ) -> None:
     (tmp_path / "key").write_text("canary-of-a-file-77", encoding="utf-8")
     (uploaded / "long.yaml").write_text(
-        LONG.replace("100000", "2") + "secrets: [{name: WANDB_API_KEY, file: ~/key}, NOT_THERE]\n", encoding="utf-8"
+        LONG.replace("100000", "2") + "secrets: [{name: WANDB_API_KEY, path: ~/key}, NOT_THERE]\n", encoding="utf-8"
     )
     assert start().wait(timeout=60) == 2
     failure = last_status(log(tmp_path))["failure"]

@@ -18,7 +18,7 @@ from support.hosts import Host, hosts
 from support.ray_hosts import RayCluster, ray_cluster
 
 TOKEN, IN_WORKER, IN_FILE, ON_CLIENT = (f"canary-{what}-6f2d90b1" for what in ("token", "worker", "file", "client"))
-SECRETS = "secrets=[{name: HF_TOKEN}, {name: WANDB_API_KEY, file: ~/key}]"
+SECRETS = "secrets=[{name: HF_TOKEN}, {name: WANDB_API_KEY, path: ~/key}]"
 # The head alone: what is submitted here is about the way there and back, not about what trains.
 FLAGS = ("--backend", "torchrun", "--cpu", "1", "--set", SECRETS)
 Client = Callable[..., subprocess.CompletedProcess[str]]

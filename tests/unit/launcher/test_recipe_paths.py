@@ -141,3 +141,15 @@ def test_template_is_model_or_a_file(folder: Path) -> None:
 def test_revision_of_a_local_folder() -> None:
     _, problems = load(model="{source: ./base, revision: main}")
     assert [p.where for p in problems] == ["recipes/r.yaml:1:25"]
+
+
+def test_secrets_are_names_and_a_value_in_their_place_is_a_mistake() -> None:
+    values, _ = load(extra="secrets: [HF_TOKEN, {name: WANDB_API_KEY, path: ~/key}]\n")
+    assert values["secrets"] == [{"name": "HF_TOKEN"}, {"name": "WANDB_API_KEY", "path": "~/key"}]
+    for wrong, allowed in (
+        ("hf_abc", "the name of an environment variable, in capitals"),
+        ("{name: A, path: key}", "a path that starts with / or ~/"),
+        ("{name: A, value: x}", "unknown key `value`"),
+    ):
+        _, problems = load(extra=f"secrets: [{wrong}]\n")
+        assert [allowed in p.message for p in problems] == [True], problems
