@@ -19,7 +19,7 @@ from support.commands import FP32, ROOT, Launch, losses, only_run, wait_until, w
 from support.ssh_hosts import SshCluster, SshHost, ssh_cluster
 
 HOSTS = ("--hosts", "alpha", "--hosts", "beta", "--cpu", "1")
-NO_RETRY: tuple[str, ...] = ()
+NO_RETRY = ("--set", "retry.crashes=0", "--set", "retry.node_losses=0")
 STEPS = 12
 
 
@@ -147,7 +147,7 @@ def test_a_lost_host_is_the_first_cause_and_the_run_goes_on_when_it_is_back(
     wait_until(lambda: not jobs_on(alpha), 15, "nothing left on alpha")
     beta.start()
     before = at(run)
-    again = cluster.popen(["runs", "resume", str(run), *NO_RETRY], work, environment, work / "again.log")
+    again = cluster.popen(["runs", "resume", str(run)], work, environment, work / "again.log")
     wait_until(lambda: at(run) > before + 5 or again.poll() is not None, 120, "steps after the resume")
     assert again.poll() is None, (work / "again.log").read_text(encoding="utf-8")
     again.send_signal(signal.SIGINT)
