@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -220,12 +220,13 @@ class TestTorchrun:
     def test_kill_minus_nine_of_the_launcher_ends_all_ranks(self, torchrun, job, tmp_path):
         spec = job("wait", num_processes=2)
         code = (
-            "import json, sys, time\nfrom cluster.job import JobSpec\nfrom cluster.registry import load\n"
-            "data = json.loads(sys.argv[1]); data['args'] = tuple(data['args'])\n"
+            "import json, sys, time\nfrom cluster.job import JobSpec, Meeting\nfrom cluster.registry import load\n"
+            "data = json.loads(sys.argv[1])\n"
+            "data |= {'args': tuple(data['args']), 'meeting': Meeting(**data['meeting'])}\n"
             "handle = load('torchrun').start(JobSpec(**data)); print(*handle.pids, flush=True); time.sleep(120)"
         )
         launcher = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, json.dumps(spec.__dict__)],
+            [sys.executable, "-P", "-c", code, json.dumps(asdict(spec))],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
         )
