@@ -11,7 +11,7 @@ from cluster.logs import tail
 from cluster.processes import is_alive, signal_process
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY
 
-from .attempts import end_note, retry_note
+from .attempts import end_note, reach_note, retry_note
 from .errors import LaunchError
 from .progress import Follower, Progress
 from .run_dir import RunDir, read_json
@@ -36,14 +36,12 @@ def watch(run: RunDir) -> int:
                 progress.stage_ended(current, _job_status(status, current.name), status.seconds.get(current.name, 0.0))
                 current = None
             for attempt in status.attempts[told:]:
-                if attempt.ended is not None:
-                    told += 1
-                    progress.note(retry_note(attempt)) if attempt.retried else None
+                told += attempt.ended is not None
+                if attempt.retried:
+                    progress.note(retry_note(attempt))
             if is_unknown != (status.shown_state == UNKNOWN):
                 is_unknown = not is_unknown
-                progress.note(
-                    "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
-                )
+                progress.note(reach_note(is_unknown))
             if status.state != RUNNING:
                 print_end(run, _exit_code(status))
                 return _exit_code(status)

@@ -20,7 +20,7 @@ from cluster.registry import load
 from cluster.retry import Cause, Fault, RetryLimits, Verdict, decide
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER
 
-from .attempts import DONE_CAUSE, STOPPED_CAUSE, close, earlier_attempts, fault_of, retry_note
+from .attempts import DONE_CAUSE, STOPPED_CAUSE, close, earlier_attempts, fault_of, reach_note, retry_note
 from .errors import LaunchError
 from .job_watch import JobWatch
 from .run_dir import RunDir, read_json, write_json
@@ -248,9 +248,7 @@ class Supervisor:
             return
         self.status.unreachable_since = time.time() if is_unknown else None
         self.status.write(self.run)
-        self.watcher.note(
-            "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
-        )
+        self.watcher.note(reach_note(is_unknown))
 
     def _catch_signals(self) -> Callable[[], None]:
         """Returns the function that puts the old handlers back."""
