@@ -326,6 +326,8 @@ def _ended(handle: SshHandle) -> JobStatus:
 def _fail(handle: SshHandle, error: ClusterError) -> None:
     """The hosts did not come together: end what has begun, and say why."""
     kind = "retry" if error.exit_code == EXIT_RETRY else "user"
+    if kind == "retry" and handle.step is _Step.CONNECT:
+        kind = "node_lost"  # it may still be starting again, and that is the same failure at the same step each time
     log_file = log_of(handle.job.log_dir, 0)
     failed = Failure(-1, kind, error.message, error.hint, "", error.exit_code, log_file)
     handle.status = JobStatus(JobState.FAILED, error.exit_code, failed)
