@@ -16,7 +16,7 @@ from .errors import LaunchError
 from .progress import Follower, Progress
 from .run_dir import RunDir, read_json
 from .status import RUNNING, SUCCEEDED, UNKNOWN, Status, read_status
-from .supervise import failure_text, job_from_dict
+from .supervise import failure_text
 
 POLL_S = 0.2
 
@@ -24,7 +24,7 @@ POLL_S = 0.2
 def watch(run: RunDir) -> int:
     """Draw the live line until the run ends. Returns its exit code; Ctrl-C returns 130 and leaves it running."""
     progress = Progress(run, sys.stdout)
-    jobs = {j["name"]: job_from_dict(j) for j in read_json(run.plan)["jobs"]}
+    jobs = {j["name"]: JobSpec.from_dict(j) for j in read_json(run.plan)["jobs"]}
     current: JobSpec | None = None
     told = len([attempt for attempt in read_status(run).attempts if attempt.ended is not None])
     is_unknown = False

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cluster.environment import compute_env, device_env
 from cluster.inventory import Selection
-from cluster.job import JobSpec, Meeting
+from cluster.job import JobReport, JobSpec, Meeting, RayRequest
 from cluster.nodes import Node, combined
+from trainer.checkpoint_format import MANIFEST
 from trainer.spec import TrainSpec
 
 from .errors import LaunchError
@@ -38,10 +39,11 @@ def jobs_of(
     attempt: int,
     nodes: tuple[Node, ...] = (),
     meeting: Meeting | None = None,
+    ray: RayRequest | None = None,
 ) -> tuple[JobSpec, ...]:
     """One job a stage, in order. Only `connect` and `train` use more than one process, and more than the first of `nodes`."""
     jobs = (_job(name, spec, selection, run, attempt, nodes) for name in stage_names(spec, len(nodes)))
-    return tuple(dataclasses.replace(job, meeting=meeting or Meeting()) for job in jobs)
+    return tuple(dataclasses.replace(job, meeting=meeting or Meeting(), ray=ray) for job in jobs)
 
 
 def _job(
@@ -64,6 +66,7 @@ def _job(
         cwd=str(run.root),
         run_id=spec.run_id,
         nodes=tuple(node.share for node in nodes),
+        report=_report(run) if name == "train" else None,
     )
 
 
@@ -93,6 +96,10 @@ def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir) -> J
 
 def _connect(device: str, run: RunDir) -> tuple[str, ...]:
     return ("--device", device, "--wait-s", str(CONNECT_WAIT_S), "--out", str(run.connection))
+
+
+def _report(run: RunDir) -> JobReport:
+    return JobReport(str(run.root), str(run.metrics), str(run.checkpoints), MANIFEST)
 
 
 def _first_device(selection: Selection) -> Selection:

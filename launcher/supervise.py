@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import IO, Any, Protocol
 
-from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus, Meeting, NodeShare
+from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus
 from cluster.processes import ProcessIdentity
 from cluster.registry import load
 from cluster.retry import Cause, Fault, RetryLimits, Verdict, decide
@@ -62,7 +62,7 @@ class Supervisor:
     def __init__(self, run: RunDir, plan: dict[str, Any], attempt: int, watcher: Watcher) -> None:
         self.run, self.plan, self.watcher = run, plan, watcher
         self.backend: Backend = load(plan["backend"])
-        self.jobs = [job_from_dict(j) for j in plan["jobs"]]
+        self.jobs = [JobSpec.from_dict(j) for j in plan["jobs"]]
         self.limits = RetryLimits(**plan["retry"])
         self.faults: list[Fault] = []
         self.signals: list[int] = []
@@ -291,15 +291,6 @@ def _with_noticed(status: JobStatus, watch: JobWatch) -> JobStatus:
         return status
     failure = dataclasses.replace(status.failure, noticed_s=watch.noticed_s(status.failure.rank))
     return dataclasses.replace(status, failure=failure)
-
-
-def job_from_dict(data: dict[str, Any]) -> JobSpec:
-    """A job of plan.json."""
-    fields = {f.name for f in dataclasses.fields(JobSpec)}
-    values = {key: value for key, value in data.items() if key in fields}
-    nodes = tuple(NodeShare(**{**node, "devices": tuple(node["devices"])}) for node in values["nodes"])
-    values |= {"args": tuple(values["args"]), "devices": tuple(values["devices"]), "nodes": nodes}
-    return JobSpec(**{**values, "meeting": Meeting(**values["meeting"])})
 
 
 def supervise(run: RunDir, attempt: int, done: frozenset[str], watcher: Watcher) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection, cpu_selection, select
+from cluster.job import RayRequest
 from cluster.nodes import Node, combined
 
 from .errors import LaunchError
@@ -51,6 +52,10 @@ class Where:
     """The hosts, in rank order; empty: this host alone."""
     host_memory_gb: float
     """Of the host that has least, in 2**30 bytes; 0 where it is unknown."""
+    ray: RayRequest | None = None
+    """What each job asks of Ray, where that is the backend."""
+    reasons: tuple[tuple[str, str], ...] = ()
+    """(name, text) for the plan: why there."""
 
 
 def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cache: Path) -> Where:
@@ -59,6 +64,15 @@ def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cach
     _check(flags, backend)
     if backend == "ssh":
         return _on_hosts(flags, recipe, source, run_root, cache)
+    if backend == "ray":
+        from .ray_place import choose_ray
+
+        return choose_ray(flags, recipe.cluster.wait_s, os.environ)
+    return on_this_host(flags, backend)
+
+
+def on_this_host(flags: Flags, backend: str) -> Where:
+    """The devices that `flags` name here. Raises LaunchError or ClusterError."""
     from cluster.nvml import read_inventory
 
     inventory = read_inventory()
@@ -84,7 +98,7 @@ def _check(flags: Flags, backend: str) -> None:
         )
     if backend == "ssh" and not flags.hosts:
         raise LaunchError("--backend ssh needs hosts", "Name them: --hosts a:0,1 --hosts b:0,1")
-    if flags.nodes > 1 and not (flags.hosts and flags.nodes == len(flags.hosts)):
+    if backend != "ray" and flags.nodes > 1 and not (flags.hosts and flags.nodes == len(flags.hosts)):
         raise LaunchError(f"--nodes {flags.nodes}: which ones?", "Name them: --hosts a:0,1 --hosts b:0,1")
 
 

@@ -13,7 +13,7 @@ from launcher.progress import Progress
 from launcher.run_dir import RunDir
 from launcher.stages import renumbered, set_output_aside
 from launcher.status import CRASHED, RUNNING, read_status
-from launcher.supervise import Supervisor, failure_text, hold, job_from_dict
+from launcher.supervise import Supervisor, failure_text, hold
 
 JOB = JobSpec("merge", "trainer.worker", ("merge", "--out", "X"), 1, (), {}, "L", "C", "run")
 
@@ -32,7 +32,7 @@ def test_second_launcher_is_refused(tmp_path: Path) -> None:
 
 
 def test_job_survives_the_plan_file() -> None:
-    assert job_from_dict(json.loads(json.dumps(dataclasses.asdict(JOB)))) == JOB
+    assert JobSpec.from_dict(json.loads(json.dumps(dataclasses.asdict(JOB)))) == JOB
 
 
 def test_output_of_an_earlier_job_is_set_aside(tmp_path: Path) -> None:
