@@ -38,6 +38,7 @@ _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(GROUP_TIMEOUT_S),
     # Shows the run, its workers and their logs on Ray's dashboard.
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import socket
 import sys
@@ -95,13 +96,14 @@ def alive_nodes() -> tuple[RayNode, ...]:
 def ask_nodes(address: str) -> list[dict[str, Any]]:
     """Connect, and ask every node what it has. Raises ClusterError for one that does not answer, or lacks this program."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .nvml import read_inventory
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as e:
         raise ClusterError(
             f"cannot join the Ray cluster at {address}: {str(e).strip().splitlines()[0]}",
@@ -118,7 +120,7 @@ def ask_nodes(address: str) -> list[dict[str, Any]]:
     for node, answer in answers.items():
         try:
             told.append({"ray": dataclasses.asdict(node), "inventory": ray.get(answer, timeout=ASK_S)})
-        except ray.exceptions.RayError as e:
+        except RayError as e:
             raise ClusterError(
                 f"the node {node.address} does not say what it has: {str(e).strip().splitlines()[-1]}",
                 "tunelaunch must be installed on every node, in the environment in which Ray was started.",

@@ -48,7 +48,7 @@ def cpus_reason(node_cpus: int, shares: int) -> str:
 
 def shares(job: JobSpec) -> tuple[int, ...]:
     """Processes of each node, in rank order."""
-    return tuple(node.num_processes for node in job.nodes) or (job.num_processes,)
+    return tuple(node.num_processes for node in job.nodes) if job.nodes else (job.num_processes,)
 
 
 def choose_nodes(nodes: Sequence[RayNode], job: JobSpec, free: bool) -> tuple[RayNode, ...] | None:
@@ -83,7 +83,8 @@ def wanted(job: JobSpec) -> str:
     """ "4 GPU + 16 CPU (2 nodes x 2 processes, each 1 GPU + 4 CPU)"."""
     assert job.ray is not None
     parts = shares(job)
-    spread = f"{len(parts)} nodes x {parts[0]} processes" if len(parts) > 1 else f"one node, {parts[0]} process(es)"
+    first = parts[0]
+    spread = f"{len(parts)} nodes x {first} processes" if len(parts) > 1 else f"one node, {first} process(es)"
     each = _amount(job.ray.gpus_per_process, job.ray.cpus_per_process)
     total = _amount(job.ray.gpus_per_process * sum(parts), job.ray.cpus_per_process * sum(parts))
     return f"{total} ({spread}, each {each})"

@@ -114,19 +114,19 @@ def _address(s: socket.socket, interface: str) -> str:
     return socket.inet_ntoa(reply[20:24])
 
 
-def _meeting_point(is_one_node: bool) -> tuple[str, str]:
-    """(address, port) at which the ranks of our own process group meet: a free port of rank 0's node. Collective."""
-    import torch.distributed as dist
+def _meeting_point(is_one_node: bool) -> list[str]:
+    """[address, port] at which the ranks of our own process group meet: a free port of rank 0's node. Collective."""
+    from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
     from ray.util import get_node_ip_address
 
-    told: list[str] = ["", ""]
-    if dist.get_rank() == 0:
+    told: list[str] = []
+    if get_context().get_world_rank() == 0:
         address = "127.0.0.1" if is_one_node else get_node_ip_address()
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
             s.bind((address, 0))
             told = [address, str(s.getsockname()[1])]
-    dist.broadcast_object_list(told, src=0)
-    return told[0], told[1]
+    return broadcast_from_rank_zero(told)
 
 
 def _start(job: JobSpec, rank: int, argv: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -171,6 +171,7 @@ def _follow(job: JobSpec, rank: int, num_ranks: int, watcher: Watcher) -> None:
     import ray.train
     import torch
     import torch.distributed as dist
+    from pyarrow.fs import LocalFileSystem
     from ray.train import Checkpoint
     from ray.train.v2.api.report_config import CheckpointUploadMode
 
@@ -185,8 +186,7 @@ def _follow(job: JobSpec, rank: int, num_ranks: int, watcher: Watcher) -> None:
         dist.all_reduce(counts)
         if counts[1]:
             metrics, path = news or ({}, None)
-            storage = ray.train.get_context().get_storage().storage_filesystem
-            checkpoint = Checkpoint(str(path), storage) if path else None
+            checkpoint = Checkpoint(str(path), LocalFileSystem()) if path else None
             # Where it lies is where Ray wants it (see `ray_driver`): a pointer, and no copy.
             ray.train.report(metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
         if counts[0] == num_ranks:
