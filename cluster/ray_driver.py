@@ -96,12 +96,17 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
 def _ray(job: JobSpec) -> Iterator[None]:
     """Ray, connected: the cluster at the job's address, or one of our own, which ends with this process however it ends."""
     assert job.ray is not None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "WARNING",
+        # Of the job and not of the workers alone: Ray runs such a hook for whole jobs only.
+        "runtime_env": {"worker_process_setup_hook": "cluster.ray_worker.choose_interface"},
+    }
     if job.ray.address:
         import ray
 
         try:
-            ray.init(address=job.ray.address, **quiet)
+            ray.init(address=job.ray.address, **options)
         except ConnectionError as e:
             raise ClusterError(
                 f"no Ray cluster answers at {job.ray.address}: {e}",
@@ -126,7 +131,7 @@ def _ray(job: JobSpec) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=ray_local.OBJECT_STORE_BYTES,
             _temp_dir=str(folder),
-            **quiet,
+            **options,
         )
         try:
             yield
@@ -181,7 +186,6 @@ def _fit(job: JobSpec) -> None:
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             # Never deletes: the saver of the job keeps as many as the recipe says.
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            worker_runtime_env={"worker_process_setup_hook": "cluster.ray_worker.choose_interface"},
         ),
     )
     watch = threading.Thread(target=_show_waiting, args=(job,), daemon=True)
@@ -270,18 +274,13 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
                 return
             _fail(job, rank, "retry", f"rank {rank} was lost: {_why(failure)}", _LOST_HINT, EXIT_RETRY)
     elif not exits:
-        known = explain(str(error))
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        _fail(
-            job,
-            -1,
-            known.kind if known else "retry",
-            f"Ray ended the job: {first}",
-            known.hint if known else _LOST_HINT,
-            EXIT_RETRY,
-        )
+        known = explain(str(cause))
+        kind, hint = (known.kind, known.hint) if known else ("retry", _LOST_HINT)
+        lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        _fail(job, -1, kind, f"Ray ended the job: {lines[-1].strip()}", hint, _EXIT_CODES[kind])
 
 
+_EXIT_CODES = {"user": EXIT_USER, "retry": EXIT_RETRY, "bug": EXIT_BUG}
 _LOST_HINT = "Its node may be down, or Ray on it: ray status. What was saved is whole: launch runs resume RUN"
 
 
