@@ -7,6 +7,7 @@ job's report is Ray's experiment folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from .failure import EXIT_BUG, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
 from .job import ClusterError, JobSpec
 from .outcome import job_status
 from .ray_nodes import alive_nodes
+from .ray_placement import RayNode
 from .ray_report import forget_missing
 
 GROUP_TIMEOUT_S = 600
@@ -63,15 +65,23 @@ def main(argv: list[str]) -> int:
             return _run(job, stop)
     except ClusterError as e:
         return _fail(job, -1, "user" if e.exit_code == EXIT_USER else "retry", e.message, e.hint, e.exit_code)
+    finally:
+        (Path(job.log_dir) / logs.WAITING).unlink(missing_ok=True)
 
 
 def _run(job: JobSpec, stop: threading.Event) -> int:
     """Fit in a thread, so that this one hears signals. Returns the exit code."""
     errors: list[Exception] = []
+    nodes = alive_nodes()
 
     def fit() -> None:
         try:
-            _fit(job)
+            _require_room(job, nodes)
+            threading.Thread(target=_show_waiting, args=(job,), daemon=True).start()
+            if job.num_processes == 1 and job.report is None:
+                _run_alone(job)
+            else:
+                _fit(job, nodes)
         except Exception as e:  # the border of the job: Ray ends in many ways, and what the workers left says more
             errors.append(e)
 
@@ -87,7 +97,7 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
             time.sleep(_POLL_S)
         return EXIT_STOPPED
     if errors:
-        return _ended(job, errors[0])
+        return _ended(job, errors[0], nodes)
     exits = logs.read_exits(job.log_dir)
     return job_status(max(exits.values(), default=0), exits, "", False, job.log_dir).exit_code or 0
 
@@ -150,32 +160,65 @@ def _disconnect() -> None:
     thread.join(_DISCONNECT_S)
 
 
-def _fit(job: JobSpec) -> None:
-    """Train until all workers have ended. Raises what Ray raises, and ClusterError for what can never fit."""
-    import ray
-    from pyarrow.fs import LocalFileSystem
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    assert job.ray is not None
-    nodes = alive_nodes()
+def _require_room(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
+    """Raises ClusterError for what can never fit."""
     if ray_placement.choose_nodes(nodes, job, free=False) is None:
         raise ClusterError(
             f"this job can never start here: wanted {ray_placement.wanted(job)}, and the nodes are\n"
             f"{ray_placement.table(nodes)}",
             "Ask for less (--gpus free:N or --cpu N, which count per node; --nodes), or add nodes.",
         )
+
+
+def _run_alone(job: JobSpec) -> None:
+    """One process that reports nothing, on any node: a plain task, since Ray Train would take half a minute to start.
+
+    Raises ClusterError where there is no room in time, and what the task raises.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    assert job.ray is not None
+    cpus, gpus = job.ray.cpus_per_process, job.ray.gpus_per_process
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+    try:
+        if not group.wait(job.meeting.wait_s):
+            raise _no_room(job)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(ray_worker.run_alone)
+        ray.get(task.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote(_config(job)))
+    except RayTaskError as e:
+        raise e.cause from None
+    finally:
+        remove_placement_group(group)
+
+
+def _config(job: JobSpec) -> dict[str, Any]:
+    """What a worker has to know."""
+    tag = os.environ.get(processes.TAG_VARIABLE, "")
+    return {"job": dataclasses.asdict(job), "travelling": travelling(os.environ), "tag": tag}
+
+
+def _no_room(job: JobSpec) -> ClusterError:
+    text = f"{ray_placement.shortage(alive_nodes(), job)} for {job.meeting.wait_s:g} s"
+    return ClusterError(text, "Wait until others end, ask for less, or raise cluster.wait_s.", EXIT_RETRY)
+
+
+def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
+    """Train until all workers have ended. Raises what Ray raises."""
+    import ray
+    from pyarrow.fs import LocalFileSystem
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     folder = Path(job.report.folder if job.report else job.log_dir)
     # Read by the controller, to which Ray Train passes it on.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.meeting.wait_s)
     forget_missing(folder, ray.__version__)
     trainer = TorchTrainer(
         ray_worker.train,
-        train_loop_config={
-            "job": json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")),
-            "travelling": travelling(os.environ),
-            "tag": os.environ.get(processes.TAG_VARIABLE, ""),
-        },
+        train_loop_config=_config(job),
         torch_config=TorchConfig(backend="gloo", timeout_s=GROUP_TIMEOUT_S),
         scaling_config=_scaling(job, ray_placement.place(nodes, job)),
         run_config=RunConfig(
@@ -188,8 +231,6 @@ def _fit(job: JobSpec) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    watch = threading.Thread(target=_show_waiting, args=(job,), daemon=True)
-    watch.start()
     try:
         trainer.fit()
     finally:
@@ -244,35 +285,42 @@ def _has_started(job: JobSpec) -> bool:
     return any(Path(job.log_dir).glob("rank_*.log"))
 
 
-def _ended(job: JobSpec, error: Exception) -> int:
+def _ended(job: JobSpec, error: Exception, nodes: tuple[RayNode, ...]) -> int:
     """Fit has failed. Writes down what no worker could, and returns the exit code of the first cause."""
     if isinstance(error, ClusterError):
         raise error
     traceback.print_exception(error)
     exits = logs.read_exits(job.log_dir)
-    _tell_what_ray_knows(job, error, exits)
+    _tell_what_ray_knows(job, error, exits, nodes)
     return job_status(EXIT_BUG, exits or {-1: EXIT_BUG}, "", False, job.log_dir).exit_code or EXIT_BUG
 
 
-def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int]) -> None:
+def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int], nodes: tuple[RayNode, ...]) -> None:
+    """`nodes`: those that lived when the job began."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     assert job.ray is not None
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(cause, WorkerGroupStartupTimeoutError):
-        text = f"{ray_placement.shortage(alive_nodes(), job)} for {job.meeting.wait_s:g} s"
-        _fail(job, -1, "retry", text, "Wait until others end, ask for less, or raise cluster.wait_s.", EXIT_RETRY)
-    elif isinstance(error, WorkerGroupError):
+        raise _no_room(job)
+    if isinstance(error, WorkerGroupError):
         silent = {rank: e for rank, e in error.worker_failures.items() if exits.get(rank, 0) == 0}
-        for rank, failure in silent.items():
+        for failure in silent.values():
             base = getattr(failure, "_base_exc", failure)
             if isinstance(base, ClusterError):
-                _fail(
-                    job, -1, "user" if base.exit_code == EXIT_USER else "retry", base.message, base.hint, base.exit_code
-                )
+                kind = "user" if base.exit_code == EXIT_USER else "retry"
+                _fail(job, -1, kind, base.message, base.hint, base.exit_code)
                 return
-            _fail(job, rank, "retry", f"rank {rank} was lost: {_why(failure)}", _LOST_HINT, EXIT_RETRY)
+        if silent:
+            rank, failure = min(silent.items())
+            alive = {n.node_id for n in alive_nodes()}
+            gone = ", ".join(n.address for n in nodes if n.node_id not in alive)
+            message = f"rank {rank} was lost with the node {gone}" if gone else f"rank {rank} was lost: {_why(failure)}"
+            node_died = gone or "node has died" in str(failure)
+            _fail(job, rank, "node_lost" if node_died else "retry", message, _LOST_HINT, EXIT_RETRY)
+    elif isinstance(error, PreemptionError):
+        _fail(job, -1, "preempted", "Ray takes a node of this job away (preemption)", _LOST_HINT, EXIT_RETRY)
     elif not exits:
         known = explain(str(cause))
         kind, hint = (known.kind, known.hint) if known else ("retry", _LOST_HINT)

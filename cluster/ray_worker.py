@@ -60,11 +60,19 @@ def train(config: dict[str, Any]) -> None:
         "MASTER_PORT": meeting[1],
     }
     env = worker_env(job, os.environ, config["travelling"], {name: str(value) for name, value in ranks.items()})
-    argv = (sys.executable, "-P", "-m", job.entrypoint, *job.args)
-    process = _start(job, rank, argv, {**env, processes.TAG_VARIABLE: config["tag"]})
-    watcher = Watcher(job, rank, process)
+    watcher = Watcher(job, rank, _start(job, rank, {**env, processes.TAG_VARIABLE: config["tag"]}))
     watcher.start()
     _follow(job, rank, context.get_world_size(), watcher)
+
+
+def run_alone(config: dict[str, Any]) -> None:
+    """The same for a job of one process, as a task. Raises WorkerEnded or ClusterError when it fails."""
+    job = JobSpec.from_dict(config["job"])
+    env = worker_env(job, os.environ, config["travelling"], {})
+    watcher = Watcher(job, 0, _start(job, 0, {**env, processes.TAG_VARIABLE: config["tag"]}))
+    watcher.run()
+    if watcher.code not in (0, EXIT_STOPPED):
+        raise WorkerEnded(f"rank 0 ended with exit code {watcher.code}")
 
 
 def worker_env(
@@ -129,12 +137,13 @@ def _meeting_point(is_one_node: bool) -> list[str]:
     return broadcast_from_rank_zero(told)
 
 
-def _start(job: JobSpec, rank: int, argv: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(job: JobSpec, rank: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
     if not Path(job.cwd).is_dir():
         raise ClusterError(
             f"rank {rank}: the run folder {job.cwd} does not exist on {socket.gethostname()}",
             "A run on several nodes needs a folder that all of them see under the same path: --run-dir, or run.dir.",
         )
+    argv = (sys.executable, "-P", "-m", job.entrypoint, *job.args)
     return processes.start_process(argv, env, job.cwd, str(logs.rank_log(job.log_dir, rank)))
 
 

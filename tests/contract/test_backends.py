@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job import ClusterError, JobSpec, JobState
-from cluster.processes import ProcessIdentity, is_alive
+from cluster.job import ClusterError, JobSpec, JobState, RayRequest
+from cluster.processes import ProcessIdentity, descendants, is_alive
 from cluster.registry import load
 
-CONTRACT_BACKENDS = ("torchrun", "debug")
+CONTRACT_BACKENDS = ("torchrun", "ray", "debug")
+"""Ray as it carries jobs of one process on one host. On a running cluster: tests/hosts/test_ray_contract.py."""
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -33,6 +34,11 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def torchrun():
     return load("torchrun")
+
+
+@pytest.fixture
+def ray():
+    return load("ray")
 
 
 @pytest.fixture
@@ -53,10 +59,12 @@ def job(tmp_path, monkeypatch):
     folder.mkdir()
     log_dir = folder / "logs"
 
-    def make(mode, num_processes=1, extra=()):
+    def make(mode, num_processes=1, extra=(), **more):
         env = {"PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "TUNELAUNCH_TEST": WEIRD}
         args = (mode, str(log_dir), *extra)
-        return JobSpec("train", "contract_worker", args, num_processes, (), env, str(log_dir), str(folder), "run-1")
+        return JobSpec(
+            "train", "contract_worker", args, num_processes, (), env, str(log_dir), str(folder), "run-1", **more
+        )
 
     return make
 
@@ -100,6 +108,17 @@ def members(job, num_processes):
     identities = [ProcessIdentity.of(pid) for pid in pids]
     assert all(identity is not None and is_alive(identity) for identity in identities)
     return identities
+
+
+def start_elsewhere(name, spec):
+    """A launcher in a process of its own, which prints the pids of the job's first processes and waits."""
+    code = (
+        "import json, sys, time\nfrom cluster.job import JobSpec\nfrom cluster.registry import load\n"
+        f"handle = load('{name}').start(JobSpec.from_dict(json.loads(sys.argv[1])))\n"
+        "print(*handle.pids, flush=True); time.sleep(120)"
+    )
+    argv = [sys.executable, "-P", "-c", code, json.dumps(asdict(spec))]
+    return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
 
 
 class TestEveryBackend:
@@ -219,17 +238,7 @@ class TestTorchrun:
 
     def test_kill_minus_nine_of_the_launcher_ends_all_ranks(self, torchrun, job, tmp_path):
         spec = job("wait", num_processes=2)
-        code = (
-            "import json, sys, time\nfrom cluster.job import JobSpec, Meeting\nfrom cluster.registry import load\n"
-            "data = json.loads(sys.argv[1])\n"
-            "data |= {'args': tuple(data['args']), 'meeting': Meeting(**data['meeting'])}\n"
-            "handle = load('torchrun').start(JobSpec(**data)); print(*handle.pids, flush=True); time.sleep(120)"
-        )
-        launcher = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, json.dumps(asdict(spec))],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-        )
+        launcher = start_elsewhere("torchrun", spec)
         agent = ProcessIdentity.of(int(launcher.stdout.readline()))
         workers = members(spec, 2)[:2]
         launcher.send_signal(signal.SIGKILL)
@@ -268,6 +277,79 @@ class TestTorchrun:
         assert "--nproc-per-node=4" in command
         assert "--max-restarts=0" in command
         assert command[-4:] == ("-m", "contract_worker", *job("x").args)
+
+
+class TestRay:
+    """A Ray of its own for the job: it takes some 20 s to start, so each test looks at several things."""
+
+    OWN = RayRequest("", 1, 0)
+
+    @staticmethod
+    def folders():
+        """Of each Ray of its own on this host; there may be others."""
+        return set(Path("/tmp").glob("tl-ray-*"))
+
+    def test_a_killed_rank_is_the_cause_and_nothing_of_ray_is_left(self, ray, job):
+        before, spec = self.folders(), job("kill_rank_1", num_processes=2, ray=self.OWN)
+        handle = ray.start(spec)
+        wait_for(spec, "told_0.json", "told_1.json")
+        started = descendants(handle.pids[0])
+        commands = " ".join(Path(f"/proc/{p.pid}/cmdline").read_text(errors="replace") for p in started)
+        assert "gcs_server" in commands
+        assert "raylet" in commands
+        status = finish(ray, handle)
+        assert (status.state, status.exit_code) == (JobState.FAILED, 75)
+        assert (status.failure.rank, status.failure.kind) == (1, "killed")
+        assert status.failure.message.startswith("rank 1 was killed by SIGKILL (signal 9)")
+        told = [read(spec, f"told_{rank}.json")["env"] for rank in (0, 1)]
+        assert [(t["RANK"], t["LOCAL_RANK"], t["WORLD_SIZE"], t["LOCAL_WORLD_SIZE"]) for t in told] == [
+            ("0", "0", "2", "2"),
+            ("1", "1", "2", "2"),
+        ]
+        assert told[0]["MASTER_ADDR"] == "127.0.0.1"
+        assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"] != "0"
+        assert not [name for name in told[0] if name.startswith("RAY_")]
+        assert told[0]["TUNELAUNCH_TEST"] == WEIRD
+        assert not any(is_alive(p) for p in started)
+        assert self.folders() <= before
+        assert "RAY_AUTH_TOKEN_PATH" not in Path(spec.log_dir, "job.json").read_text(encoding="utf-8")
+
+    def test_stop_ends_all_ranks_politely(self, ray, job):
+        spec = job("wait", num_processes=2, ray=self.OWN)
+        handle = ray.start(spec)
+        processes = [*members(spec, 2), *descendants(handle.pids[0])]
+        ray.stop(handle)
+        ray.stop(handle)
+        status = finish(ray, handle)
+        assert (status.state, status.exit_code, status.failure) == (JobState.STOPPED, 130, None)
+        assert [read(spec, f"exit_rank_{rank}.json")["code"] for rank in (0, 1)] == [-signal.SIGTERM] * 2
+        assert not any(is_alive(p) for p in processes)
+
+    def test_kill_minus_nine_of_launcher_and_driver_at_once_leaves_nothing(self, ray, job):
+        before, spec = self.folders(), job("wait", num_processes=2, ray=self.OWN)
+        launcher = start_elsewhere("ray", spec)
+        driver = ProcessIdentity.of(int(launcher.stdout.readline()))
+        children = members(spec, 2)[2:]
+        time.sleep(1.5)  # what has started in the meantime is remembered too
+        started = [*descendants(driver.pid), driver]
+        launcher.send_signal(signal.SIGKILL)
+        os.kill(driver.pid, signal.SIGKILL)
+        launcher.wait()
+        launcher.stdout.close()
+        deadline = time.monotonic() + 10
+        while any(is_alive(p) for p in started):
+            assert time.monotonic() < deadline, "a process outlived the launcher"
+            time.sleep(0.05)
+        assert not any(is_alive(p) for p in children)
+        assert self.folders() <= before
+
+    def test_the_command_is_exact(self, ray, job):
+        spec = job("x", num_processes=2, ray=self.OWN)
+        assert ray.command(spec) == (sys.executable, "-P", "-m", "cluster.ray_driver", f"{spec.log_dir}/job.json")
+        alone = job("x", ray=self.OWN)
+        assert ray.command(alone) == load("torchrun").command(alone)
+        joined = replace(alone, ray=RayRequest("head:6379", 1, 0))
+        assert ray.command(joined) == ray.command(spec)
 
 
 class TestDebug:
