@@ -26,7 +26,7 @@ from .explain import explain
 from .failure import EXIT_BUG, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
 from .job import ClusterError, JobSpec
 from .outcome import job_status
-from .ray_nodes import alive_nodes
+from .ray_nodes import alive_nodes, lost_nodes
 from .ray_placement import RayNode
 from .ray_report import forget_missing
 
@@ -41,8 +41,6 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(GROUP_TIMEOUT_S),
-    # Shows the run, its workers and their logs on Ray's dashboard.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
@@ -113,6 +111,9 @@ def _ray(job: JobSpec) -> Iterator[None]:
         "runtime_env": {"worker_process_setup_hook": "cluster.ray_worker.choose_interface"},
     }
     if job.ray.address:
+        os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = (
+            "1"  # the run, its workers and their logs on the cluster's dashboard
+        )
         import ray
 
         try:
@@ -314,11 +315,9 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
                 return
         if silent:
             rank, failure = min(silent.items())
-            alive = {n.node_id for n in alive_nodes()}
-            gone = ", ".join(n.address for n in nodes if n.node_id not in alive)
+            gone = ", ".join(lost_nodes(nodes))
             message = f"rank {rank} was lost with the node {gone}" if gone else f"rank {rank} was lost: {_why(failure)}"
-            node_died = gone or "node has died" in str(failure)
-            _fail(job, rank, "node_lost" if node_died else "retry", message, _LOST_HINT, EXIT_RETRY)
+            _fail(job, rank, "node_lost" if gone else "retry", message, _LOST_HINT, EXIT_RETRY)
     elif isinstance(error, PreemptionError):
         _fail(job, -1, "preempted", "Ray takes a node of this job away (preemption)", _LOST_HINT, EXIT_RETRY)
     elif not exits:
@@ -333,10 +332,9 @@ _LOST_HINT = "Its node may be down, or Ray on it: ray status. What was saved is 
 
 
 def _why(failure: Exception) -> str:
-    """The one line of Ray's report on a dead actor that says what happened."""
+    """The end of Ray's report on a dead actor, after what it was."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    telling = [line for line in lines if "node" in line.lower() or "died" in line.lower()]
-    return (telling or lines or [type(failure).__name__])[0][:300]
+    return (lines or [type(failure).__name__])[-1][:300]
 
 
 def _fail(job: JobSpec, rank: int, kind: str, message: str, hint: str, exit_code: int) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,19 @@ def alive_nodes() -> tuple[RayNode, ...]:
                 )
             )
     return tuple(nodes)
+
+
+def lost_nodes(nodes: Sequence[RayNode]) -> tuple[str, ...]:
+    """Addresses of those of `nodes` that Ray has given up, or where Ray does not answer: it takes half a minute to give one up."""
+    import ray
+
+    now = {node["NodeID"]: node for node in ray.nodes()}
+    lost = []
+    for node in nodes:
+        entry = now.get(node.node_id)
+        if not (entry and entry["Alive"] and _answers(f"{node.address}:{entry['NodeManagerPort']}")):
+            lost.append(node.address)
+    return tuple(lost)
 
 
 def ask_nodes(address: str) -> list[dict[str, Any]]:
