@@ -121,6 +121,13 @@ def start_elsewhere(name, spec):
     return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
 
 
+def describe(process):
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return f"{process.pid} has just gone"
+
+
 class TestEveryBackend:
     def test_success_with_arguments_environment_and_folder_exactly_as_asked(self, backend, job):
         spec = job("succeed", extra=(WEIRD, "--flag", "", "x=1"))
@@ -289,6 +296,14 @@ class TestRay:
         """Of each Ray of its own on this host; there may be others."""
         return set(Path("/tmp").glob("tl-ray-*"))
 
+    @staticmethod
+    def wait_for_end(processes, seconds):
+        """A killed process of some hundred MB takes a moment to go, in which its environment can no longer be read."""
+        deadline = time.monotonic() + seconds
+        while left := [p for p in processes if is_alive(p)]:
+            assert time.monotonic() < deadline, f"still there: {[describe(p) for p in left]}"
+            time.sleep(0.05)
+
     def test_a_killed_rank_is_the_cause_and_nothing_of_ray_is_left(self, ray, job):
         before, spec = self.folders(), job("kill_rank_1", num_processes=2, ray=self.OWN)
         handle = ray.start(spec)
@@ -310,7 +325,7 @@ class TestRay:
         assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"] != "0"
         assert not [name for name in told[0] if name.startswith("RAY_")]
         assert told[0]["TUNELAUNCH_TEST"] == WEIRD
-        assert not any(is_alive(p) for p in started)
+        self.wait_for_end(started, 2)
         assert self.folders() <= before
         assert "RAY_AUTH_TOKEN_PATH" not in Path(spec.log_dir, "job.json").read_text(encoding="utf-8")
 
@@ -323,7 +338,7 @@ class TestRay:
         status = finish(ray, handle)
         assert (status.state, status.exit_code, status.failure) == (JobState.STOPPED, 130, None)
         assert [read(spec, f"exit_rank_{rank}.json")["code"] for rank in (0, 1)] == [-signal.SIGTERM] * 2
-        assert not any(is_alive(p) for p in processes)
+        self.wait_for_end(processes, 2)
 
     def test_kill_minus_nine_of_launcher_and_driver_at_once_leaves_nothing(self, ray, job):
         before, spec = self.folders(), job("wait", num_processes=2, ray=self.OWN)
@@ -336,11 +351,7 @@ class TestRay:
         os.kill(driver.pid, signal.SIGKILL)
         launcher.wait()
         launcher.stdout.close()
-        deadline = time.monotonic() + 10
-        while any(is_alive(p) for p in started):
-            assert time.monotonic() < deadline, "a process outlived the launcher"
-            time.sleep(0.05)
-        assert not any(is_alive(p) for p in children)
+        self.wait_for_end([*started, *children], 10)
         assert self.folders() <= before
 
     def test_the_command_is_exact(self, ray, job):
