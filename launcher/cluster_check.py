@@ -57,7 +57,7 @@ def _of_hosts(flags: Check) -> tuple[tuple[Node, ...], RunDir, Meeting]:
     run = RunDir((runs_dir() / "check").absolute())
     questions = questions_for(shared_folders(run.root, cache_dir(), "folder"), (), COMPARED_PACKAGES)
     meeting = Meeting()
-    nodes, reports = gather(parse_hosts(flags.hosts, flags.gpus, flags.cpu), questions, meeting.silence_s)
+    nodes, reports = gather(parse_hosts(flags.hosts, flags.gpus, flags.cpu), questions, meeting)
     print(host_table(reports))
     return nodes, run, meeting
 

@@ -297,9 +297,10 @@ def job_from_dict(data: dict[str, Any]) -> JobSpec:
     """A job of plan.json."""
     fields = {f.name for f in dataclasses.fields(JobSpec)}
     values = {key: value for key, value in data.items() if key in fields}
-    nodes = tuple(NodeShare(**{**node, "devices": tuple(node["devices"])}) for node in values["nodes"])
+    # Runs of earlier versions know neither nodes nor how they meet.
+    nodes = tuple(NodeShare(**{**node, "devices": tuple(node["devices"])}) for node in values.get("nodes", ()))
     values |= {"args": tuple(values["args"]), "devices": tuple(values["devices"]), "nodes": nodes}
-    return JobSpec(**{**values, "meeting": Meeting(**values["meeting"])})
+    return JobSpec(**{**values, "meeting": Meeting(**values.get("meeting", {}))})
 
 
 def supervise(run: RunDir, attempt: int, done: frozenset[str], watcher: Watcher) -> int:

@@ -9,7 +9,7 @@ PACKAGES = ("launcher", "trainer", "cluster")
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets", "numpy")
 HEAVY = frozenset((*LIBRARIES, "accelerate", "bitsandbytes", "safetensors", "tokenizers"))
 # The light contracts: what the launcher may know of the other two packages.
-LIGHT_TRAINER = frozenset(("spec", "ds_config", "checkpoint_format"))
+LIGHT_TRAINER = frozenset(("spec", "ds_config", "checkpoint_format", "heartbeat"))
 
 
 def is_backend(module: str) -> bool:
