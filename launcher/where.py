@@ -75,9 +75,14 @@ def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cach
     return Where(backend, selection, (), inventory.memory_gb)
 
 
-def _check(flags: Flags, backend: str) -> None:
-    if flags.gpus is not None and flags.cpu is not None:
+def require_one_kind(gpus: str | None, cpu: int | None) -> None:
+    """Raises LaunchError where both kinds of device are asked for."""
+    if gpus is not None and cpu is not None:
         raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
+
+
+def _check(flags: Flags, backend: str) -> None:
+    require_one_kind(flags.gpus, flags.cpu)
     if flags.hosts and backend != "ssh":
         raise LaunchError(
             f"--hosts goes with --backend ssh, not with {backend}",
