@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,14 @@ def format_line(path: Path, line: str) -> str:
     return f"[{path.stem.replace('_', ' ')}] {line}"
 
 
-def iter_follow(log_dir: str, is_over: Callable[[], bool], poll_s: float = 0.2) -> Iterator[tuple[Path, str]]:
+def iter_follow(
+    log_dir: str, is_over: Callable[[], bool], poll_s: float = 0.2, start: Mapping[Path, int] | None = None
+) -> Iterator[tuple[Path, str]]:
     """Yields (log, line) from the beginning of every log, also of those that appear later, until `is_over()`.
 
-    All that was written before `is_over()` turned true is yielded, the unfinished last lines too. Blocks in between.
+    `start`: the byte from which a log is read, where it is not its first. All that was written before `is_over()` turned true is yielded, the unfinished last lines too. Blocks in between.
     """
-    followed: dict[Path, _Follower] = {}
+    followed = {path: _Follower(position) for path, position in (start or {}).items()}
     while True:
         over = is_over()
         for path in ordered_logs(log_dir):
@@ -128,8 +130,8 @@ def iter_follow(log_dir: str, is_over: Callable[[], bool], poll_s: float = 0.2) 
 class _Follower:
     """The reading position in one growing file; keeps a cut line, or half a character, until the rest arrives."""
 
-    def __init__(self) -> None:
-        self._position = 0
+    def __init__(self, position: int = 0) -> None:
+        self._position = position
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._partial = ""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
 
 from cluster.job import JobSpec, JobState, JobStatus
-from cluster.logs import tail
+from cluster.logs import format_line, iter_follow, tail
 from cluster.processes import is_alive, signal_process
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY
 
@@ -110,19 +111,11 @@ def print_logs(run: RunDir, stage: str | None, rank: int | None, lines: int, fol
     for path in logs:
         print(f"== {path}")
         print(tail(path, lines))
-    offsets = {path: path.stat().st_size for path in logs}
-    while follow:
-        for path, at in offsets.items():
-            with open(path, "rb") as f:
-                f.seek(at)
-                data = f.read()
-            offsets[path] = at + len(data)
-            if data:
-                sys.stdout.write(data.decode("utf-8", errors="replace"))
-                sys.stdout.flush()
-        if read_status(run).state != RUNNING:
-            return
-        time.sleep(POLL_S)
+    if follow:
+        start = {path: path.stat().st_size for path in logs}
+        for path, line in iter_follow(str(folder), lambda: read_status(run).state != RUNNING, POLL_S, start):
+            if rank is None or path in start:
+                print(format_line(path, line), flush=True)
 
 
 def stop(run: RunDir, now: bool, wait_s: float) -> None:
@@ -130,13 +123,22 @@ def stop(run: RunDir, now: bool, wait_s: float) -> None:
     status = read_status(run)
     if status.state != RUNNING:
         raise LaunchError(f"{run.run_id} is not running ({status.state})")
-    signal_process(status.supervisor, signal.SIGINT)
+    is_here = status.host == socket.gethostname()
+    if not is_here and now:
+        raise LaunchError(
+            f"{run.run_id} was started on {status.host}: it can only be killed from there",
+            f"Stop it with a checkpoint: launch runs stop {run.root}\nOr on {status.host}: launch runs stop {run.root} --now",
+        )
+    if not is_here:
+        run.stop_request.touch()  # no signal gets there, but training looks for this in the shared folder
+    else:
+        signal_process(status.supervisor, signal.SIGINT)
     if now:
         time.sleep(POLL_S)
         signal_process(status.supervisor, signal.SIGINT)
     print(f"stopping {run.run_id} ...", flush=True)
     deadline = time.monotonic() + wait_s
-    while is_alive(status.supervisor):
+    while is_alive(status.supervisor) if is_here else read_status(run).state == RUNNING:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"{run.run_id} has not stopped after {wait_s:g} s",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection
-from cluster.job import JobSpec, Meeting, RayRequest
+from cluster.job import JobSpec, RayRequest
 from cluster.nodes import Node
 from cluster.retry import RetryLimits
 from trainer.ds_config import deepspeed_config
@@ -41,6 +41,7 @@ from .recipe import LoadedRecipe
 from .recipe_schema import Recipe
 from .run_dir import RunDir
 from .stages import PACKAGE_ROOT, jobs_of
+from .where import meeting_of
 
 DEBUG_STEPS = 10
 
@@ -143,7 +144,7 @@ def plan_run(
     return Plan(
         spec=spec,
         backend=options.backend,
-        jobs=jobs_of(spec, selection, run, 1, options.nodes, _meeting(recipe), options.ray),
+        jobs=jobs_of(spec, selection, run, 1, options.nodes, meeting_of(recipe), options.ray),
         devices=tuple(dataclasses.asdict(d) for d in selection.devices),
         nodes=options.nodes,
         reasons=tuple(reasons),
@@ -221,10 +222,6 @@ def _spec(
         debug=options.debug,
         profile_steps=options.profile_steps,
     )
-
-
-def _meeting(recipe: Recipe) -> Meeting:
-    return Meeting(recipe.cluster.port, float(recipe.cluster.wait_s), float(recipe.cluster.silence_s))
 
 
 def _method(recipe: Recipe) -> MethodSpec:

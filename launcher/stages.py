@@ -21,7 +21,6 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("connect", "prepare", "train", "consolidate", "merge", "evaluate")
 CONNECT_WAIT_S = 60
 """A rank that cannot be reached is known after this long, whatever training itself may wait for."""
-ON_ALL_DEVICES = ("connect", "train")
 # Filled in from prepared.json when the job starts: only `prepare` knows where a downloaded model lies.
 MODEL_DIR = "{model_dir}"
 
@@ -49,8 +48,10 @@ def jobs_of(
 def _job(
     name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt: int, nodes: tuple[Node, ...]
 ) -> JobSpec:
+    if name == "connect":
+        return connect_job(selection, nodes, run, attempt)
     log_dir = run.logs(attempt, name)
-    on_all = name in ON_ALL_DEVICES
+    on_all = name == "train"
     if nodes and not on_all:
         nodes = (dataclasses.replace(nodes[0], selection=_first_device(nodes[0].selection)),)
     used = combined(nodes) if nodes else selection if on_all else _first_device(selection)
@@ -70,20 +71,14 @@ def _job(
     )
 
 
-def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir) -> JobSpec:
-    """The `connect` stage alone, without a plan: it needs to know nothing of a model."""
-    log_dir = run.logs(1, "connect")
+def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir, attempt: int = 1) -> JobSpec:
+    """The `connect` stage, which needs no plan: it knows nothing of a model."""
+    log_dir = run.logs(attempt, "connect")
+    options = ("--device", selection.kind, "--wait-s", str(CONNECT_WAIT_S), "--out", str(run.connection))
     return JobSpec(
         name="connect",
         entrypoint=ENTRYPOINT,
-        args=(
-            "connect",
-            "--log-dir",
-            str(log_dir),
-            "--package-root",
-            str(PACKAGE_ROOT),
-            *_connect(selection.kind, run),
-        ),
+        args=("connect", "--log-dir", str(log_dir), "--package-root", str(PACKAGE_ROOT), *options),
         num_processes=selection.num_processes,
         devices=selection.uuids,
         env=compute_env(selection),
@@ -92,10 +87,6 @@ def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir) -> J
         run_id=run.run_id,
         nodes=tuple(node.share for node in nodes),
     )
-
-
-def _connect(device: str, run: RunDir) -> tuple[str, ...]:
-    return ("--device", device, "--wait-s", str(CONNECT_WAIT_S), "--out", str(run.connection))
 
 
 def _report(run: RunDir) -> JobReport:
@@ -111,8 +102,6 @@ def _first_device(selection: Selection) -> Selection:
 def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[str, ...]:
     if name == "train":
         return ("--plan", str(run.plan), "--attempt", str(attempt))
-    if name == "connect":
-        return _connect(spec.parallel.device, run)
     template = ("--template", spec.data.template)
     trust = ("--trust-remote-code",) if spec.model.trust_remote_code else ()
     if name == "consolidate":

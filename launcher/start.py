@@ -229,7 +229,7 @@ def _same_devices(request: Request, old: dict[str, Any]) -> Request:
         kept = None if flags["backend"] == "ssh" or request.hosts else flags["backend"]
         return replace(request, backend=request.backend or kept)
     request = replace(request, backend=request.backend or flags["backend"])
-    if flags["hosts"]:
+    if flags.get("hosts"):  # runs of earlier versions know none
         return replace(request, hosts=tuple(flags["hosts"]), gpus=flags["gpus"], cpu=flags["cpu"])
     nodes = flags["nodes"]
     if (flags["gpus"] or flags["cpu"]) and (nodes == 1 or request.backend == "ray"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection, cpu_selection, select
-from cluster.job import RayRequest
+from cluster.job import Meeting, RayRequest
 from cluster.nodes import Node, combined
 
 from .errors import LaunchError
@@ -88,9 +88,14 @@ def on_this_host(flags: Flags, backend: str) -> Where:
     return Where(backend, selection, (), inventory.memory_gb)
 
 
-def _check(flags: Flags, backend: str) -> None:
-    if flags.gpus is not None and flags.cpu is not None:
+def require_one_kind(gpus: str | None, cpu: int | None) -> None:
+    """Raises LaunchError where both kinds of device are asked for."""
+    if gpus is not None and cpu is not None:
         raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
+
+
+def _check(flags: Flags, backend: str) -> None:
+    require_one_kind(flags.gpus, flags.cpu)
     if flags.hosts and backend != "ssh":
         raise LaunchError(
             f"--hosts goes with --backend ssh, not with {backend}",
@@ -108,9 +113,14 @@ def _on_hosts(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, c
     choices = parse_hosts(flags.hosts, flags.gpus, flags.cpu)
     files = tuple(dict.fromkeys((*_data_files(recipe), *_model_files(source))))
     questions = questions_for(shared_folders(run_root, cache, source.kind), files, COMPARED_PACKAGES)
-    nodes, reports = gather(choices, questions, recipe.cluster.silence_s)
+    nodes, reports = gather(choices, questions, meeting_of(recipe))
     memory_gb = min(report.inventory.memory_gb for report in reports)
     return Where("ssh", combined(nodes), nodes, memory_gb)
+
+
+def meeting_of(recipe: Recipe) -> Meeting:
+    """How the hosts of its jobs come together."""
+    return Meeting(recipe.cluster.port, float(recipe.cluster.wait_s), float(recipe.cluster.silence_s))
 
 
 def _data_files(recipe: Recipe) -> list[str]:

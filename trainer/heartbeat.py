@@ -28,6 +28,16 @@ STACKS_REQUEST = "stacks_request"
 """File of the log folder; when something is written into it, every rank writes its stacks."""
 
 
+def heartbeat_file(log_dir: Path, rank: int) -> Path:
+    """Where `rank` leaves its signs of life."""
+    return log_dir / f"heartbeat_rank_{rank}.json"
+
+
+def stacks_file(log_dir: Path, rank: int) -> Path:
+    """Where `rank` writes its stacks when it is asked to."""
+    return log_dir / f"stacks_rank_{rank}.txt"
+
+
 class Heartbeat:
     """Where this process is in its work. There is one a process, `HEARTBEAT`; until `start` it only counts."""
 
@@ -59,14 +69,14 @@ class Heartbeat:
         To be called by the thread that does the work. A crash of a compiled library leaves its stack on stderr.
         """
         self._owner = threading.get_ident()
-        self._stacks = open(log_dir / f"stacks_rank_{rank}.txt", "wb", buffering=0)  # noqa: SIM115  # as long as the process
+        self._stacks = open(stacks_file(log_dir, rank), "wb", buffering=0)  # noqa: SIM115  # as long as the process
         faulthandler.enable()
         # For the launcher on the same host: works whoever holds the interpreter lock, and in a stopped process once it goes on.
         faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
         threading.Thread(target=self._write_for_ever, args=(log_dir, rank), name="heartbeat", daemon=True).start()
 
     def _write_for_ever(self, log_dir: Path, rank: int) -> None:
-        path, request = log_dir / f"heartbeat_rank_{rank}.json", log_dir / STACKS_REQUEST
+        path, request = heartbeat_file(log_dir, rank), log_dir / STACKS_REQUEST
         assert self._stacks is not None
         is_answered = False
         # Training must not end because a sign of life could not be written.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job import ClusterError, JobSpec, JobState, RayRequest
+from cluster.job import ClusterError, JobSpec, JobState, Meeting, NodeShare, RayRequest
 from cluster.processes import ProcessIdentity, descendants, is_alive
 from cluster.registry import load
 
-CONTRACT_BACKENDS = ("torchrun", "ray", "debug")
+CONTRACT_BACKENDS = ("torchrun", "ray", "debug", "ssh")
 """Ray as it carries jobs of one process on one host. On a running cluster: tests/hosts/test_ray_contract.py."""
 
 HERE = Path(__file__).parent
@@ -79,13 +79,22 @@ def finish(backend, handle, seconds=60.0):
         if status.state.is_terminal:
             assert backend.poll(handle) == status
             return status
-        assert status.state is JobState.RUNNING
-        assert time.monotonic() < deadline, Path(handle.job.log_dir, "agent.log").read_text(encoding="utf-8")
+        assert status.state in (JobState.PENDING, JobState.RUNNING)
+        assert status.state is JobState.RUNNING or backend.name in ("ssh", "ray")
+        assert time.monotonic() < deadline, [
+            p.read_text(encoding="utf-8") for p in Path(handle.job.log_dir).glob("*.log")
+        ]
         time.sleep(0.05)
 
 
+def start(backend, job):
+    """Over ssh a job has hosts; here it is this one, which needs no sshd (tests/hosts has some)."""
+    nodes = (NodeShare("localhost", job.num_processes, ()),) if backend.name == "ssh" else job.nodes
+    return backend.start(replace(job, nodes=nodes))
+
+
 def run(backend, job):
-    return finish(backend, backend.start(job))
+    return finish(backend, start(backend, job))
 
 
 def read(job, name):
@@ -191,11 +200,17 @@ class TestEveryBackend:
         assert "no_such_worker" in status.failure.message
 
     def test_a_missing_folder_is_refused(self, backend, job, tmp_path):
+        spec = replace(job("succeed"), cwd=str(tmp_path / "missing"))
+        if backend.name == "ssh":  # what a host cannot do is known when it has answered
+            status = run(backend, spec)
+            assert (status.exit_code, status.failure.kind) == (2, "user")
+            assert status.failure.message.startswith("localhost: the working folder")
+            return
         with pytest.raises(ClusterError, match="the working folder"):
-            backend.start(replace(job("succeed"), cwd=str(tmp_path / "missing")))
+            backend.start(spec)
 
     def test_stop_and_kill_after_the_end_do_nothing(self, backend, job):
-        handle = backend.start(job("succeed"))
+        handle = start(backend, job("succeed"))
         status = finish(backend, handle)
         backend.stop(handle)
         backend.kill(handle)
@@ -361,6 +376,63 @@ class TestRay:
         assert ray.command(alone) == load("torchrun").command(alone)
         joined = replace(alone, ray=RayRequest("head:6379", 1, 0))
         assert ray.command(joined) == ray.command(spec)
+
+
+class TestSsh:
+    """Two hosts that are both this one: what ssh itself does is in tests/hosts."""
+
+    @pytest.fixture
+    def ssh(self):
+        return load("ssh")
+
+    @pytest.fixture
+    def spec(self, job):
+        def make(mode, **changed):
+            nodes = (NodeShare("localhost", 1, ()), NodeShare("localhost", 1, ()))
+            return replace(job(mode, num_processes=2), nodes=nodes, **changed)
+
+        return make
+
+    def test_ranks_follow_the_order_of_the_hosts(self, ssh, spec):
+        job = spec("succeed")
+        assert finish(ssh, ssh.start(job)).state is JobState.SUCCEEDED
+        told = [read(job, f"told_{rank}.json")["env"] for rank in (0, 1)]
+        assert [(t["RANK"], t["GROUP_RANK"], t["LOCAL_RANK"], t["WORLD_SIZE"]) for t in told] == [
+            ("0", "0", "0", "2"),
+            ("1", "1", "0", "2"),
+        ]
+        assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"]
+        assert told[0]["GLOO_SOCKET_IFNAME"] == told[1]["NCCL_SOCKET_IFNAME"] != ""
+
+    def test_a_killed_rank_is_the_cause_and_not_the_peer_that_lost_it(self, ssh, spec):
+        status = finish(ssh, ssh.start(spec("kill_rank_1")))
+        assert (status.state, status.exit_code) == (JobState.FAILED, 75)
+        assert (status.failure.rank, status.failure.kind) == (1, "killed")
+
+    @pytest.mark.parametrize("way", ["stop", "kill"])
+    def test_stop_and_kill_leave_no_process(self, ssh, spec, way):
+        job = spec("wait")
+        handle = ssh.start(job)
+        deadline = time.monotonic() + 60
+        while not all(Path(job.log_dir, f"child_{rank}.json").exists() for rank in (0, 1)):
+            assert not ssh.poll(handle).state.is_terminal
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        processes = members(job, 2)
+        getattr(ssh, way)(handle)
+        status = finish(ssh, handle)
+        assert (status.state, status.exit_code, status.failure) == (JobState.STOPPED, 130, None)
+        assert not any(is_alive(p) for p in processes)
+
+    def test_a_host_that_never_answers_is_told_when_the_limit_has_passed(self, ssh, spec, tmp_path):
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+        python.chmod(0o755)
+        nodes = (NodeShare("localhost", 1, ()), NodeShare("localhost", 1, (), str(python)))
+        status = finish(ssh, ssh.start(replace(spec("succeed"), nodes=nodes, meeting=Meeting(wait_s=2.0))))
+        assert (status.state, status.exit_code, status.failure.kind) == (JobState.FAILED, 75, "node_lost")
+        assert "waiting for an answer of localhost: nothing for 2 s" in status.failure.message
+        assert "cluster.wait_s" in status.failure.hint
 
 
 class TestDebug:
