@@ -2,7 +2,7 @@
 
 The loop says where it is by `beat`, which costs an assignment; it never touches the disk. A thread writes that once a
 second into heartbeat_rank_N.json of the log folder, also while the loop waits, so a rank that waits for others differs
-from one that is frozen. All ranks take the same path and beat equally often: who has beaten least is behind.
+from one that is frozen. The end of what may last is written at once: who froze just after must not be given that time. All ranks take the same path and beat equally often: who has beaten least is behind.
 
 No signal and no collective is needed, only the folder: it works for ranks of any host that shares it. Standard library only.
 """
@@ -45,6 +45,7 @@ class Heartbeat:
         self._at: tuple[int, str, int, int, bool] = (0, "start", -1, -1, True)
         self._steps_done = self._signs = 0
         self._owner = 0
+        self._wake = threading.Event()
         self._stacks: IO[bytes] | None = None
 
     def beat(self, phase: str, step: int = -1, micro: int = -1, may_last: bool = False) -> None:
@@ -52,7 +53,10 @@ class Heartbeat:
 
         `may_last`: its length has nothing to do with that of a step. Every rank must call it equally often.
         """
+        has_lasted = self._at[4] and not may_last and self._steps_done > 0
         self._at = (self._at[0] + 1, phase, step, micro, may_last)
+        if has_lasted:
+            self._wake.set()
 
     def sign(self) -> None:
         """A sign of life within a phase, of work that other ranks do not do."""
@@ -62,6 +66,8 @@ class Heartbeat:
         """The 1-based `step` is done. The first one of a process compiles, allocates and connects: it may last."""
         self._steps_done += 1
         self.beat("between steps", step)
+        if self._steps_done == 1:
+            self._wake.set()
 
     def start(self, log_dir: Path, rank: int) -> None:
         """Write signs of life into `log_dir` from now on, from a thread, and stacks into stacks_rank_N.txt when asked.
@@ -87,7 +93,8 @@ class Heartbeat:
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
                 is_answered = True
             faulthandler.dump_traceback_later(LOCK_HELD_S, file=self._stacks)
-            time.sleep(INTERVAL_S)
+            self._wake.wait(INTERVAL_S)
+            self._wake.clear()
 
     def _record(self) -> bytes:
         beats, phase, step, micro, may_last = self._at
