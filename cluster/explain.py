@@ -169,6 +169,14 @@ _TABLE: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
+        r"[Ff]ailed to connect to GCS|GCS may have been killed",
+        Explanation(
+            "The head node of the Ray cluster does not answer.",
+            "Look at it: ray status. What was saved is whole: launch runs resume RUN",
+            "retry",
+        ),
+    ),
+    (
         r"Address already in use",
         Explanation("A network port is taken by another process.", "Start it again: ports are chosen anew.", "retry"),
     ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 
 class ClusterError(Exception):
@@ -62,6 +63,31 @@ class Meeting:
 
 
 @dataclass(frozen=True)
+class JobReport:
+    """Where a job writes how far it is, for a backend that has a page of its own for that (Ray's dashboard)."""
+
+    folder: str
+    """Absolute; metrics and checkpoints lie below it."""
+    metrics: str
+    """JSON lines, one row a step, appended."""
+    checkpoints: str
+    """Folder of checkpoints, each a folder."""
+    manifest: str
+    """Name of the file that makes such a folder a whole checkpoint."""
+
+
+@dataclass(frozen=True)
+class RayRequest:
+    """What a job asks of Ray."""
+
+    address: str
+    """Of the running cluster that it joins (host:port); "": it starts one of its own on this host."""
+    cpus_per_process: int
+    gpus_per_process: int
+    """1, or 0 on CPU."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """One stage of a run, as processes. Frozen: a retry is a new job."""
 
@@ -82,6 +108,20 @@ class JobSpec:
     nodes: tuple[NodeShare, ...] = ()
     """The hosts that carry it, in rank order; empty: this host alone. `num_processes` and `devices` are over all of them."""
     meeting: Meeting = Meeting()
+    report: JobReport | None = None
+    ray: RayRequest | None = None
+    """None under every other backend."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> JobSpec:
+        """Inverse of dataclasses.asdict, also after a JSON round trip. Keys that are no fields are left out."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        nodes = tuple(NodeShare(**{**node, "devices": tuple(node["devices"])}) for node in values.get("nodes", ()))
+        report, ray = values.get("report"), values.get("ray")
+        values |= {"args": tuple(values["args"]), "devices": tuple(values["devices"]), "nodes": nodes}
+        values |= {"report": JobReport(**report) if report else None, "ray": RayRequest(**ray) if ray else None}
+        values |= {"meeting": Meeting(**values["meeting"])} if "meeting" in values else {}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ class NodeAgent:
 
     def do_stop(self) -> None:
         """SIGTERM; what is left after `POLITE_S` is killed."""
-        if self.root is not None and self.polite_until_s is None:
+        if self.root is None:
+            self._say({"ended": 0})  # not begun, or already over
+        elif self.polite_until_s is None:
             self.polite_until_s = time.monotonic() + POLITE_S
             self.root.stop()
 

@@ -22,6 +22,7 @@ from .node_messages import Decoder, encode
 CONNECT_S = 15
 """OpenSSH's own limit of one attempt to connect."""
 _CLOSE_WAIT_S = 5.0
+RAISE_HINT = "cluster.wait_s raises the limit."
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class NodeLink:
         for message in messages:
             if "hello" in message:
                 self.is_up = True
-            elif "ended" in message:
+            elif "ended" in message and self.ended is None:
                 self.ended, self.ended_s = message["ended"], time.monotonic()
             elif "id" in message:
                 self.answers[message["id"]] = message
@@ -153,12 +154,16 @@ class NodeLink:
             log.seek(self.log_start)
             return log.read().decode("utf-8", errors="replace").splitlines()[-50:]
 
-    def close(self) -> None:
-        """Hang up: the agent ends whatever it still runs. Returns when the ssh client has ended."""
+    def hang_up(self) -> None:
+        """The agent, once it notices, ends whatever it still runs. Returns at once."""
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 assert pipe is not None
                 pipe.close()
+
+    def close(self) -> None:
+        """Hang up, and return when the ssh client has ended."""
+        self.hang_up()
         try:
             self.process.wait(_CLOSE_WAIT_S)
         except subprocess.TimeoutExpired:
@@ -205,11 +210,10 @@ def open_links(hosts: list[tuple[str, str]], log_files: list[str], silence_s: fl
     if not down:
         return links
     errors = [
-        link.trouble() if link.is_closed else ClusterError(f"{link.host}: no answer for {wait_s:g} s", "", 75)
+        link.trouble() if link.is_closed else ClusterError(f"{link.host}: no answer for {wait_s:g} s", RAISE_HINT, 75)
         for link in down
     ]
-    for link in links:
-        link.close()
+    close_all(links)
     hints = list(dict.fromkeys(e.hint for e in errors if e.hint))
     raise ClusterError("\n".join(e.message for e in errors), "\n".join(hints), max(e.exit_code for e in errors))
 
@@ -228,8 +232,16 @@ def ask_all(links: list[NodeLink], action: str, wait_s: float, arguments: list[d
             if answer is None and link.is_closed:
                 raise link.trouble()
             if answer is None and time.monotonic() > deadline:
-                raise ClusterError(f"{link.host}: no answer to {action!r} for {wait_s:g} s", "", 75)
+                raise ClusterError(f"{link.host}: no answer to {action!r} for {wait_s:g} s", RAISE_HINT, 75)
         time.sleep(0.02)
+
+
+def close_all(links: list[NodeLink]) -> None:
+    """Hang up on all hosts, and return when every ssh client has ended."""
+    for link in links:
+        link.hang_up()
+    for link in links:
+        link.close()
 
 
 def log_of(log_dir: str, number: int) -> str:

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .inventory import Inventory
-from .node_link import NodeLink, ask_all, log_of, open_links
+from .node_link import NodeLink, ask_all, close_all, log_of, open_links
 
-CONNECT_WAIT_S = 40.0
-_ANSWER_S = 60.0
 CLOCK_SKEW_S = 5.0
 """Of two hosts. More, and files and log lines of one seem to come from the other's future."""
 LOW_DISK_GB = 2.0
@@ -61,38 +59,37 @@ class HostReport:
         return Inventory.from_dict(self.report["inventory"])
 
 
-def survey(hosts: Sequence[tuple[str, str]], questions: Questions, silence_s: float) -> tuple[HostReport, ...]:
-    """Ask every (host, python). Raises ClusterError for hosts that cannot be reached or do not answer in time.
+def survey(
+    hosts: Sequence[tuple[str, str]], questions: Questions, silence_s: float, wait_s: float
+) -> tuple[HostReport, ...]:
+    """Ask every (host, python). Raises ClusterError for hosts that cannot be reached or do not answer within `wait_s`.
 
     Side effect: the shared folders are made, and for a moment each holds one file of every host.
     """
     with tempfile.TemporaryDirectory(prefix="tunelaunch-survey-") as logs:
         log_files = [log_of(logs, number) for number in range(len(hosts))]
-        links = open_links(list(hosts), log_files, silence_s, CONNECT_WAIT_S)
+        links = open_links(list(hosts), log_files, silence_s, wait_s)
         try:
-            return _ask(links, questions)
+            return _ask(links, questions, wait_s)
         finally:
-            for link in links:
-                link.close()
+            close_all(links)
 
 
-def _ask(links: list[NodeLink], questions: Questions) -> tuple[HostReport, ...]:
+def _ask(links: list[NodeLink], questions: Questions, wait_s: float) -> tuple[HostReport, ...]:
     everyone = range(len(links))
-    ahead = [_clock_ahead_s(link) for link in links]
+    ahead = [_clock_ahead_s(link, wait_s) for link in links]
     folders, files = list(questions.shared_folders), list(questions.files)
     asked = {"packages": list(questions.packages), "folders": folders, "files": files}
-    reports = ask_all(links, "report", _ANSWER_S, [asked for _ in links])
+    reports = ask_all(links, "report", wait_s, [asked for _ in links])
     nonce = secrets.token_hex(8)
     names = [f".tunelaunch-{nonce}-{number}" for number in everyone]
     try:
-        unwritable = ask_all(
-            links, "write_tokens", _ANSWER_S, [{"folders": folders, "name": names[i]} for i in everyone]
-        )
+        unwritable = ask_all(links, "write_tokens", wait_s, [{"folders": folders, "name": names[i]} for i in everyone])
         written = [i for i in everyone if not unwritable[i]]
         looked_for = [{"folders": folders, "names": [names[i] for i in written]} for _ in links]
-        missing = ask_all(links, "missing_tokens", _ANSWER_S, looked_for)
+        missing = ask_all(links, "missing_tokens", wait_s, looked_for)
     finally:
-        ask_all(links, "remove_tokens", _ANSWER_S, [{"folders": folders, "name": names[i]} for i in everyone])
+        ask_all(links, "remove_tokens", wait_s, [{"folders": folders, "name": names[i]} for i in everyone])
     host_of = {names[i]: links[i].host for i in everyone}
     return tuple(
         HostReport(
@@ -106,10 +103,10 @@ def _ask(links: list[NodeLink], questions: Questions) -> tuple[HostReport, ...]:
     )
 
 
-def _clock_ahead_s(link: NodeLink) -> float:
+def _clock_ahead_s(link: NodeLink, wait_s: float) -> float:
     """By how much the host's clock is ahead of ours, to half the time that question and answer took."""
     before = time.time()
-    (there,) = ask_all([link], "clock", _ANSWER_S, [{}])
+    (there,) = ask_all([link], "clock", wait_s, [{}])
     return there - (before + time.time()) / 2
 
 

@@ -213,6 +213,14 @@ def _on_start(outlives_us: bool) -> Callable[[], None] | None:
     return lambda: die_with_parent(signal.SIGTERM, parent_pid)
 
 
+def require_folder(cwd: str) -> None:
+    """Raises ClusterError when a job's working folder does not exist."""
+    if not Path(cwd).is_dir():
+        raise ClusterError(
+            f"the working folder {cwd} does not exist", "Start the command again from an existing folder."
+        )
+
+
 def start_process(
     argv: Sequence[str], env: Mapping[str, str], cwd: str, log_file: str, outlives_us: bool = False
 ) -> subprocess.Popen[bytes]:
@@ -222,10 +230,7 @@ def start_process(
     `outlives_us`, it receives SIGTERM when the calling THREAD ends, so call this from the main thread or from one that
     lives as long as the job. Raises ClusterError when the folder, the log or the program is not usable.
     """
-    if not Path(cwd).is_dir():
-        raise ClusterError(
-            f"the working folder {cwd} does not exist", "Start the command again from an existing folder."
-        )
+    require_folder(cwd)
     try:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         log = open(log_file, "wb")  # noqa: SIM115 - closed below, in another try

@@ -9,6 +9,7 @@ from .job import Backend, ClusterError
 BACKENDS = {
     "torchrun": "cluster.torchrun_backend:TorchrunBackend",
     "ssh": "cluster.ssh_backend:SshBackend",
+    "ray": "cluster.ray_backend:RayBackend",
     "debug": "cluster.debug_backend:DebugBackend",
 }
 """Name -> module:class. Imported on demand, so that one backend's libraries never burden another."""

@@ -20,7 +20,7 @@ from .environment import SINGLE_RANK, travelling
 from .failure import EXIT_RETRY, is_secondary
 from .job import ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus, NodeShare
 from .node_agent import BEAT_S, POLITE_S
-from .node_link import NodeLink, log_of, node_log
+from .node_link import RAISE_HINT, NodeLink, close_all, log_of, node_log
 from .torchrun_backend import AGENT_LOG_LINES, ended_status, worker_command
 
 _RECONNECT_S = 2.0
@@ -106,10 +106,9 @@ class SshBackend:
             _fail(handle, e)
         if handle.status is not None:
             for link in handle.links:
-                link.close()
+                link.hang_up()
             return handle.status
-        pending = handle.step.value if handle.step in (_Step.CONNECT, _Step.LISTEN, _Step.REACH, _Step.START) else ""
-        return JobStatus(JobState.PENDING if pending else JobState.RUNNING, None, None)
+        return JobStatus(_unfinished_state(handle), None, None)
 
     def stop(self, handle: JobHandle) -> None:
         """SIGTERM to each host's share, once; returns at once."""
@@ -119,9 +118,14 @@ class SshBackend:
             _end_all(handle)
 
     def kill(self, handle: JobHandle, wait_s: float = 10.0) -> None:
-        """SIGKILL on every host that can be reached, and hang up, upon which each ends what is left."""
+        """SIGKILL on every host that can be reached, and hang up, upon which each ends what is left.
+
+        Does not raise for a host that cannot be reached: its agent ends its share when it has heard nothing for
+        `meeting.silence_s`, and ends what may be left before it starts another attempt's.
+        """
         assert isinstance(handle, SshHandle)
         if handle.status is not None:
+            close_all(handle.links)
             return
         handle.stop_requested = True
         waiting = [link for link in handle.links if link.is_up and not link.is_closed]
@@ -134,9 +138,14 @@ class SshBackend:
             for link in waiting:
                 link.pump()
             time.sleep(0.02)
-        for link in handle.links:
-            link.close()
+        close_all(handle.links)
         handle.status = JobStatus(JobState.STOPPED, 130, None)
+
+
+def _unfinished_state(handle: SshHandle) -> JobState:
+    if handle.step not in (_Step.RUN, _Step.END):
+        return JobState.PENDING
+    return JobState.UNKNOWN if any(_is_silent(link) for link in _living(handle)) else JobState.RUNNING
 
 
 def share_command(job: JobSpec, number: int, address: str, port: int) -> tuple[str, ...]:
@@ -185,7 +194,7 @@ def _connect(handle: SshHandle) -> None:
         seen_s = handle.closed_s.setdefault(number, time.monotonic())
         if time.monotonic() - seen_s >= _RECONNECT_S:
             del handle.closed_s[number]
-            link.close()
+            link.close()  # at once: its client has ended
             handle.links[number] = _link(handle.job, number)
     _require_in_time(handle, [link for link in handle.links if not link.is_up])
     if all(link.is_up for link in handle.links):
@@ -286,7 +295,7 @@ def _lost(handle: SshHandle, link: NodeLink, node: NodeShare) -> Failure | None:
 
 def _may_still_be_lost(handle: SshHandle) -> bool:
     """Others only say that they lost a peer, and a host is silent: whether it is lost will be known soon."""
-    if handle.cause is not None or not any(link.silent_s > _SILENT_BEATS * BEAT_S for link in _living(handle)):
+    if handle.cause is not None or not any(map(_is_silent, _living(handle))):
         return False
     return all(is_secondary(str(f.get("message", ""))) for f in logs.read_failures(handle.job.log_dir))
 
@@ -294,6 +303,11 @@ def _may_still_be_lost(handle: SshHandle) -> bool:
 def _living(handle: SshHandle) -> list[NodeLink]:
     """Links to hosts that have not ended their share, and that can still be told something."""
     return [link for link in handle.links if link.is_up and link.ended is None and not link.is_closed]
+
+
+def _is_silent(link: NodeLink) -> bool:
+    """It should have been heard by now; nobody can say how its share is."""
+    return link.silent_s > _SILENT_BEATS * BEAT_S
 
 
 def _end_all(handle: SshHandle) -> None:
@@ -305,8 +319,7 @@ def _end_all(handle: SshHandle) -> None:
 
 def _end(handle: SshHandle) -> None:
     """Until every share has ended, or has had the time for it: what cannot be told ends itself when the link closes."""
-    silent = [link for link in _living(handle) if link.silent_s <= _SILENT_BEATS * BEAT_S]
-    if silent and handle.in_step_s < _END_S:
+    if handle.in_step_s < _END_S and not all(map(_is_silent, _living(handle))):
         return
     handle.status = _ended(handle)
 
@@ -326,9 +339,14 @@ def _ended(handle: SshHandle) -> JobStatus:
 def _fail(handle: SshHandle, error: ClusterError) -> None:
     """The hosts did not come together: end what has begun, and say why."""
     kind = "retry" if error.exit_code == EXIT_RETRY else "user"
+    if kind == "retry" and handle.step is _Step.CONNECT:
+        kind = "node_lost"  # it may still be starting again, and that is the same failure at the same step each time
     log_file = log_of(handle.job.log_dir, 0)
-    failed = Failure(-1, kind, error.message, error.hint, "", error.exit_code, log_file)
-    handle.status = JobStatus(JobState.FAILED, error.exit_code, failed)
+    handle.cause = Failure(-1, kind, error.message, error.hint, "", error.exit_code, log_file)
+    if handle.step is _Step.START:
+        _end_all(handle)  # some hosts may have started their share
+    else:
+        handle.status = JobStatus(JobState.FAILED, error.exit_code, handle.cause)
 
 
 def _answers(handle: SshHandle, links: list[NodeLink]) -> list[Any] | None:
@@ -346,9 +364,7 @@ def _require_in_time(handle: SshHandle, missing: list[NodeLink]) -> None:
     wait_s = handle.job.meeting.wait_s
     if missing and handle.in_step_s > wait_s:
         names = ", ".join(link.host for link in missing)
-        raise ClusterError(
-            f"{handle.step.value} {names}: nothing for {wait_s:g} s", "cluster.wait_s raises the limit.", EXIT_RETRY
-        )
+        raise ClusterError(f"{handle.step.value} {names}: nothing for {wait_s:g} s", RAISE_HINT, EXIT_RETRY)
 
 
 _STEPS = {

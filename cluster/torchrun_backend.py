@@ -11,6 +11,7 @@ from pathlib import Path
 from . import failure, logs
 from .environment import job_env
 from .job import JobHandle, JobSpec, JobState, JobStatus
+from .outcome import job_status
 from .root_process import RootProcess
 
 GRACEFUL_S = 6
@@ -104,17 +105,6 @@ def _terminal_status(handle: TorchrunHandle, code: int) -> JobStatus:
 
 
 def ended_status(job: JobSpec, code: int, agent_log: str, stop_requested: bool) -> JobStatus:
-    """What a job whose first process ended with `code` has come to. Exit codes mean the same for every backend:
-    0, 2 user, 70 bug, 75 retry, 130 stopped.
-    """
-    if code == 0:
-        return JobStatus(JobState.SUCCEEDED, 0, None)
+    """What a job whose first process ended with `code` has come to (see `outcome.job_status`)."""
     codes = {0: code} if job.num_processes == 1 else failure.worker_exit_codes(agent_log) or {-1: code}
-    failures = logs.read_failures(job.log_dir)
-    stopped_itself = not failures and failure.EXIT_STOPPED in codes.values()
-    if stop_requested or stopped_itself:
-        return JobStatus(JobState.STOPPED, failure.EXIT_STOPPED, None)
-    cause = failure.first_cause(failures, codes, agent_log, logs.rank_log_tails(job.log_dir), job.log_dir)
-    if cause.exit_code == failure.EXIT_STOPPED:
-        return JobStatus(JobState.STOPPED, failure.EXIT_STOPPED, None)
-    return JobStatus(JobState.FAILED, cause.exit_code, cause)
+    return job_status(code, codes, agent_log, stop_requested, job.log_dir)

@@ -199,7 +199,7 @@ def _tuned(run: RunDir, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 def _device_of(stage: str, run: RunDir | None, on_gpu: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """(UUIDs, environment) for one process on this host. Raises LaunchError when it needs a GPU and none is free."""
     job = None if run is None else next(j for j in read_json(run.plan)["jobs"] if j["name"] == stage)
-    if job is not None and not job["nodes"]:
+    if job is not None and not job.get("nodes"):  # runs of earlier versions know none
         return tuple(job["devices"]), job["env"]
     from cluster.environment import device_env
     from cluster.inventory import cpu_selection, select

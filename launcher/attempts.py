@@ -81,6 +81,11 @@ def retry_note(ended: Attempt) -> str:
     return f"attempt {ended.number + 1} ({ended.why}): {ended.message}; going on {where}{wait}"
 
 
+def reach_note(is_unknown: bool) -> str:
+    """What is said when a job cannot be asked, and when it can be again."""
+    return "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
+
+
 def end_note(attempts: Sequence[Attempt]) -> str:
     """Why it was not tried again; "" where nobody would expect it to be."""
     last = attempts[-1] if attempts else None

@@ -48,8 +48,8 @@ Hosts = Annotated[
     ),
 ]
 Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many processes.", min=1)]
-BackendOption = Annotated[str | None, typer.Option(help="Where processes run: torchrun (default) | ssh | debug.")]
-Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
+BackendOption = Annotated[str | None, typer.Option(help="Where processes run: torchrun (default) | ssh | ray | debug.")]
+Nodes = Annotated[int, typer.Option(help="Number of hosts; under Ray, --gpus and --cpu count for each.", min=1)]
 RunDirOption = Annotated[Path | None, typer.Option(help="Run folder. Default: <run.dir>/<recipe>-<time>-<4 hex>.")]
 Debug = Annotated[bool, typer.Option(help="All stages for 10 steps in this process, with the first batch shown.")]
 Profile = Annotated[

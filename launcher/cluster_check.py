@@ -23,7 +23,7 @@ from .run_dir import RunDir
 from .stages import connect_job
 from .start import cache_dir, runs_dir
 from .supervise import failure_text
-from .where import COMPARED_PACKAGES
+from .where import COMPARED_PACKAGES, require_one_kind
 
 POLL_S = 0.05
 
@@ -46,6 +46,7 @@ def check(flags: Check) -> int:
     """
     if not flags.hosts:
         raise LaunchError("which hosts?", "Name them: launch cluster check --hosts a:0,1 --hosts b:0,1")
+    require_one_kind(flags.gpus, flags.cpu)
     nodes, run, meeting = _of_recipe(flags) if flags.recipe is not None else _of_hosts(flags)
     if len(nodes) < 2:
         print("one host: there is nothing to connect")
@@ -57,7 +58,7 @@ def _of_hosts(flags: Check) -> tuple[tuple[Node, ...], RunDir, Meeting]:
     run = RunDir((runs_dir() / "check").absolute())
     questions = questions_for(shared_folders(run.root, cache_dir(), "folder"), (), COMPARED_PACKAGES)
     meeting = Meeting()
-    nodes, reports = gather(parse_hosts(flags.hosts, flags.gpus, flags.cpu), questions, meeting.silence_s)
+    nodes, reports = gather(parse_hosts(flags.hosts, flags.gpus, flags.cpu), questions, meeting)
     print(host_table(reports))
     return nodes, run, meeting
 

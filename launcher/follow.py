@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
 
 from cluster.job import JobSpec, JobState, JobStatus
-from cluster.logs import tail
+from cluster.logs import format_line, iter_follow, tail
 from cluster.processes import is_alive, signal_process
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY
 
-from .attempts import end_note, retry_note
+from .attempts import end_note, reach_note, retry_note
 from .errors import LaunchError
 from .progress import Follower, Progress
 from .run_dir import RunDir, read_json
 from .status import RUNNING, SUCCEEDED, UNKNOWN, Status, read_status
-from .supervise import failure_text, job_from_dict
+from .supervise import failure_text
 
 POLL_S = 0.2
 
@@ -24,7 +25,7 @@ POLL_S = 0.2
 def watch(run: RunDir) -> int:
     """Draw the live line until the run ends. Returns its exit code; Ctrl-C returns 130 and leaves it running."""
     progress = Progress(run, sys.stdout)
-    jobs = {j["name"]: job_from_dict(j) for j in read_json(run.plan)["jobs"]}
+    jobs = {j["name"]: JobSpec.from_dict(j) for j in read_json(run.plan)["jobs"]}
     current: JobSpec | None = None
     told = len([attempt for attempt in read_status(run).attempts if attempt.ended is not None])
     is_unknown = False
@@ -36,14 +37,12 @@ def watch(run: RunDir) -> int:
                 progress.stage_ended(current, _job_status(status, current.name), status.seconds.get(current.name, 0.0))
                 current = None
             for attempt in status.attempts[told:]:
-                if attempt.ended is not None:
-                    told += 1
-                    progress.note(retry_note(attempt)) if attempt.retried else None
+                told += attempt.ended is not None
+                if attempt.retried:
+                    progress.note(retry_note(attempt))
             if is_unknown != (status.shown_state == UNKNOWN):
                 is_unknown = not is_unknown
-                progress.note(
-                    "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
-                )
+                progress.note(reach_note(is_unknown))
             if status.state != RUNNING:
                 print_end(run, _exit_code(status))
                 return _exit_code(status)
@@ -112,19 +111,11 @@ def print_logs(run: RunDir, stage: str | None, rank: int | None, lines: int, fol
     for path in logs:
         print(f"== {path}")
         print(tail(path, lines))
-    offsets = {path: path.stat().st_size for path in logs}
-    while follow:
-        for path, at in offsets.items():
-            with open(path, "rb") as f:
-                f.seek(at)
-                data = f.read()
-            offsets[path] = at + len(data)
-            if data:
-                sys.stdout.write(data.decode("utf-8", errors="replace"))
-                sys.stdout.flush()
-        if read_status(run).state != RUNNING:
-            return
-        time.sleep(POLL_S)
+    if follow:
+        start = {path: path.stat().st_size for path in logs}
+        for path, line in iter_follow(str(folder), lambda: read_status(run).state != RUNNING, POLL_S, start):
+            if rank is None or path in start:
+                print(format_line(path, line), flush=True)
 
 
 def stop(run: RunDir, now: bool, wait_s: float) -> None:
@@ -132,13 +123,22 @@ def stop(run: RunDir, now: bool, wait_s: float) -> None:
     status = read_status(run)
     if status.state != RUNNING:
         raise LaunchError(f"{run.run_id} is not running ({status.state})")
-    signal_process(status.supervisor, signal.SIGINT)
+    is_here = status.host == socket.gethostname()
+    if not is_here and now:
+        raise LaunchError(
+            f"{run.run_id} was started on {status.host}: it can only be killed from there",
+            f"Stop it with a checkpoint: launch runs stop {run.root}\nOr on {status.host}: launch runs stop {run.root} --now",
+        )
+    if not is_here:
+        run.stop_request.touch()  # no signal gets there, but training looks for this in the shared folder
+    else:
+        signal_process(status.supervisor, signal.SIGINT)
     if now:
         time.sleep(POLL_S)
         signal_process(status.supervisor, signal.SIGINT)
     print(f"stopping {run.run_id} ...", flush=True)
     deadline = time.monotonic() + wait_s
-    while is_alive(status.supervisor):
+    while is_alive(status.supervisor) if is_here else read_status(run).state == RUNNING:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"{run.run_id} has not stopped after {wait_s:g} s",

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.heartbeat import heartbeat_file
+
 BUSY_SHARE = 0.05
 """A rank that uses more of a core than this between two of its signs is computing."""
 _BLOCK = re.compile(
@@ -55,17 +57,7 @@ class Beat:
         return step + (f"micro batch {self.micro + 1}, " if self.micro >= 0 else "") + self.phase
 
 
-def heartbeat_file(log_dir: str, rank: int) -> Path:
-    """Where `rank` leaves its signs of life."""
-    return Path(log_dir) / f"heartbeat_rank_{rank}.json"
-
-
-def stacks_file(log_dir: str, rank: int) -> Path:
-    """Where `rank` writes its stacks when it is asked to."""
-    return Path(log_dir) / f"stacks_rank_{rank}.txt"
-
-
-def read_beats(log_dir: str, num_ranks: int) -> dict[int, Beat]:
+def read_beats(log_dir: Path, num_ranks: int) -> dict[int, Beat]:
     """rank -> its last sign; without those that have not begun, or are just being written."""
     found: dict[int, Beat] = {}
     for rank in range(num_ranks):

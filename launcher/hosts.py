@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection, cpu_selection, select
-from cluster.job import ClusterError
+from cluster.job import ClusterError, Meeting
 from cluster.nodes import Node
 from cluster.preflight import SHARED_HINT, HostReport, Questions, compare, survey
 
@@ -145,11 +145,11 @@ def shared_folders(run_root: Path, cache: Path, kind: str) -> dict[str, str]:
 
 
 def gather(
-    choices: tuple[HostChoice, ...], questions: Questions, silence_s: float
+    choices: tuple[HostChoice, ...], questions: Questions, meeting: Meeting
 ) -> tuple[tuple[Node, ...], tuple[HostReport, ...]]:
     """Ask all hosts at once, and choose their devices. Raises PlanError with everything that does not fit, host by host."""
     hosts = [(choice.host, choice.python or sys.executable) for choice in choices]
-    reports = survey(hosts, questions, silence_s)
+    reports = survey(hosts, questions, meeting.silence_s, meeting.wait_s)
     problems = [Problem(f"--hosts {f.host}", f.message, f.hint) for f in compare(reports, questions)]
     nodes = []
     for choice, report in zip(choices, reports, strict=True):

@@ -10,19 +10,20 @@ from pathlib import Path
 
 from cluster.job import Failure, JobSpec, JobState
 from cluster.processes import ProcessIdentity, signal_process
+from trainer.heartbeat import STACKS_REQUEST, heartbeat_file, signal_stacks_file, stacks_file
 from trainer.spec import EXIT_RETRY
 
 from .errors import LaunchError
-from .hang import Beat, HangWatch, heartbeat_file, read_beats, stacks_file, understand
+from .hang import Beat, HangWatch, read_beats, understand
 from .run_dir import write_atomic
 
 LOOK_S = 1.0
 SIGNAL_AFTER_S = 3.0
 """A rank that has not written its stacks by itself after so long is asked by a signal, where it is on this host."""
 STACKS_WAIT_S = 10.0
-WRITING_S = 0.3
-"""From the first byte of the stacks to the last."""
-REQUEST, PAGE = "stacks_request", "hang.txt"
+WRITING_S = 0.5
+"""Stacks are whole once nothing has been added to them for so long: they are written line by line."""
+PAGE = "hang.txt"
 
 
 class JobWatch:
@@ -30,13 +31,13 @@ class JobWatch:
 
     def __init__(self, job: JobSpec, hang_s: float, patience_s: float, waiting_is_idle: bool) -> None:
         """`patience_s`: see hang.py. Side effect: the file by which ranks are asked for their stacks, still empty."""
-        self.job = job
+        self.job, self.log_dir = job, Path(job.log_dir)
         self.watch = HangWatch(job.num_processes, hang_s, patience_s, waiting_is_idle, time.monotonic())
         self.next_look = 0.0
-        (Path(job.log_dir) / REQUEST).touch()
+        (Path(job.log_dir) / STACKS_REQUEST).touch()
 
     def look(self, state: JobState) -> Failure | None:
-        """The hang as the job's failure, once there is one. Takes up to STACKS_WAIT_S then, and no time before."""
+        """The hang as the job's failure, once there is one. Takes up to twice STACKS_WAIT_S then, and no time before."""
         now = time.monotonic()
         if now < self.next_look:
             return None
@@ -44,20 +45,20 @@ class JobWatch:
         if state is not JobState.RUNNING:
             self.watch.forgive(now)
             return None
-        self.watch.observe(read_beats(self.job.log_dir, self.job.num_processes), now)
+        self.watch.observe(read_beats(self.log_dir, self.job.num_processes), now)
         return self._hung(now) if self.watch.is_hung(now) else None
 
     def noticed_s(self, rank: int) -> float | None:
         """Seconds since the process of `rank` last wrote a sign of life; None when it never did."""
         try:
-            return max(time.time() - heartbeat_file(self.job.log_dir, rank).stat().st_mtime, 0.0)
+            return max(time.time() - heartbeat_file(self.log_dir, rank).stat().st_mtime, 0.0)
         except OSError:
             return None
 
     def tidy(self) -> None:
         """Remove what is empty because nobody asked, or nobody answered."""
-        empty = [stacks_file(self.job.log_dir, rank) for rank in range(self.job.num_processes)]
-        for path in (Path(self.job.log_dir) / REQUEST, *empty):
+        answers = [path for rank in range(self.job.num_processes) for path in _answers(self.log_dir, rank)]
+        for path in (self.log_dir / STACKS_REQUEST, *answers):
             with contextlib.suppress(OSError):
                 if path.stat().st_size == 0:
                     path.unlink()
@@ -65,7 +66,7 @@ class JobWatch:
     def _hung(self, now: float) -> Failure:
         quiet_s, frozen = self.watch.quiet_s(now), self.watch.frozen(now)
         hang = understand(self.watch.beats, self.job.num_processes, frozen, self._stacks(), quiet_s)
-        page = Path(self.job.log_dir) / PAGE
+        page = self.log_dir / PAGE
         with contextlib.suppress(LaunchError):  # a full disk: the sentence still goes into status.json
             write_atomic(page, hang.page)
         rank = hang.behind[0] if hang.behind else -1
@@ -75,11 +76,11 @@ class JobWatch:
     def _stacks(self) -> dict[int, str]:
         """rank -> the stacks that it wrote on request, as far as it could."""
         ranks = range(self.job.num_processes)
-        sizes = {rank: _size(self.job.log_dir, rank) for rank in ranks}
+        sizes = {rank: _sizes(self.log_dir, rank) for rank in ranks}
         with contextlib.suppress(OSError):
-            (Path(self.job.log_dir) / REQUEST).write_text("write your stacks\n", encoding="utf-8")
+            (self.log_dir / STACKS_REQUEST).write_text("write your stacks\n", encoding="utf-8")
         began, is_signalled = time.monotonic(), False
-        while missing := [rank for rank in ranks if _size(self.job.log_dir, rank) == sizes[rank]]:
+        while missing := [rank for rank in ranks if _sizes(self.log_dir, rank) == sizes[rank]]:
             waited_s = time.monotonic() - began
             if waited_s > STACKS_WAIT_S:
                 break
@@ -88,12 +89,22 @@ class JobWatch:
                 for rank in missing:
                     _ask_by_signal(self.watch.beats.get(rank))
             time.sleep(0.1)
-        time.sleep(WRITING_S)
+        self._wait_until_written()
         found: dict[int, str] = {}
         for rank in ranks:
-            with contextlib.suppress(OSError):
-                found[rank] = stacks_file(self.job.log_dir, rank).read_text(encoding="utf-8", errors="replace")
+            for path in _answers(self.log_dir, rank):
+                with contextlib.suppress(OSError):
+                    found[rank] = found.get(rank, "") + path.read_text(encoding="utf-8", errors="replace")
         return found
+
+    def _wait_until_written(self) -> None:
+        ends = time.monotonic() + STACKS_WAIT_S
+        before: list[tuple[int, ...]] = []
+        while (sizes := [_sizes(self.log_dir, rank) for rank in range(self.job.num_processes)]) != before:
+            if time.monotonic() > ends:
+                return
+            before = sizes
+            time.sleep(WRITING_S)
 
 
 def _ask_by_signal(beat: Beat | None) -> None:
@@ -105,8 +116,16 @@ def _ask_by_signal(beat: Beat | None) -> None:
     signal_process(process, signal.SIGCONT)
 
 
-def _size(log_dir: str, rank: int) -> int:
-    try:
-        return stacks_file(log_dir, rank).stat().st_size
-    except OSError:
-        return -1
+def _answers(log_dir: Path, rank: int) -> tuple[Path, ...]:
+    """Where a rank writes its stacks. The signal's come last: where a stopped process stood goes before where it went on to."""
+    return stacks_file(log_dir, rank), signal_stacks_file(log_dir, rank)
+
+
+def _sizes(log_dir: Path, rank: int) -> tuple[int, ...]:
+    sizes: list[int] = []
+    for path in _answers(log_dir, rank):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:
+            sizes.append(-1)
+    return tuple(sizes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection
-from cluster.job import JobSpec, Meeting
+from cluster.job import JobSpec, RayRequest
 from cluster.nodes import Node
 from cluster.retry import RetryLimits
 from trainer.ds_config import deepspeed_config
@@ -42,6 +42,7 @@ from .recipe import LoadedRecipe
 from .recipe_schema import Recipe
 from .run_dir import RunDir
 from .stages import PACKAGE_ROOT, jobs_of
+from .where import meeting_of
 
 DEBUG_STEPS = 10
 
@@ -62,6 +63,10 @@ class Options:
     profile_steps: tuple[int, ...] = ()
     nodes: tuple[Node, ...] = ()
     """The hosts of a run that spans several, in rank order; `plan_run` gets all their devices as one selection."""
+    ray: RayRequest | None = None
+    """What each job asks of Ray, where that is the backend."""
+    placement: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of what was decided about where it runs."""
     compiler: str = ""
     """What torch.compile would call on this machine; "" for nothing."""
 
@@ -130,6 +135,7 @@ def plan_run(
     ]
     reasons = [
         Reason("model", _model_line(source, facts, recipe)),
+        *(Reason(name, text) for name, text in options.placement),
         *_host_reasons(options.nodes),
         *(Reason(name, text) for name, text in layout.reasons),
         *_step_reasons(spec),
@@ -139,7 +145,7 @@ def plan_run(
     return Plan(
         spec=spec,
         backend=options.backend,
-        jobs=jobs_of(spec, selection, run, 1, options.nodes, _meeting(recipe)),
+        jobs=jobs_of(spec, selection, run, 1, options.nodes, meeting_of(recipe), options.ray),
         devices=tuple(dataclasses.asdict(d) for d in selection.devices),
         nodes=options.nodes,
         reasons=tuple(reasons),
@@ -220,10 +226,6 @@ def _spec(
     )
 
 
-def _meeting(recipe: Recipe) -> Meeting:
-    return Meeting(recipe.cluster.port, float(recipe.cluster.wait_s), float(recipe.cluster.silence_s))
-
-
 def _method(recipe: Recipe) -> MethodSpec:
     method = recipe.method
     if method.name == "full":
@@ -280,7 +282,7 @@ def _model_line(source: SourceRef, facts: ModelFacts | None, recipe: Recipe) -> 
 
 
 def _host_reasons(nodes: tuple[Node, ...]) -> list[Reason]:
-    if not nodes:
+    if not nodes or not nodes[0].host:  # under Ray, which chooses them
         return []
     parts, first = [], 0
     for node in nodes:
@@ -296,8 +298,9 @@ def _crossing_warnings(nodes: tuple[Node, ...], sp: int) -> list[str]:
     crossing = [node.host for node in nodes if node.selection.num_processes % sp]
     if not crossing:
         return []
+    names = f" ({', '.join(crossing)})" if all(crossing) else ""
     return [
-        f"sequence-parallel groups of {sp} cross hosts ({', '.join(crossing)}): every layer exchanges activations over the network; "
+        f"sequence-parallel groups of {sp} cross hosts{names}: every layer exchanges activations over the network; "
         "use a multiple of parallel.sp devices on each host"
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cluster.job import JobSpec, JobState, JobStatus
+from cluster.logs import waiting_for
 
 from .run_dir import RunDir, read_json
 
@@ -65,7 +66,7 @@ class Progress:
         if now - self.drawn < (REDRAW_S if self.live else PLAIN_LINE_S):
             return
         self.drawn = now
-        text = f"{job.name}  {clock(now - self.began)}  {self._training()}"
+        text = f"{job.name}  {clock(now - self.began)}  {self._training() or waiting_for(job.log_dir)}"
         if self.live:
             width = shutil.get_terminal_size().columns
             self._write("\r\033[K" + text[: width - 1])

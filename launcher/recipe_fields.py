@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Lt, MaxLen, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -154,6 +154,8 @@ def _range_words(annotation: Any, metadata: list[Any]) -> str:
             words.append(f"{m.ge} or more")
         elif isinstance(m, Lt):
             words.append(f"less than {m.lt}")
+        elif isinstance(m, Le):
+            words.append(f"{m.le} or less")
     return f", {' and '.join(words)}" if words else ""
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cluster.environment import compute_env, device_env
 from cluster.inventory import Selection
-from cluster.job import JobSpec, Meeting
+from cluster.job import JobReport, JobSpec, Meeting, RayRequest
 from cluster.nodes import Node, combined
+from trainer.checkpoint_format import MANIFEST
 from trainer.spec import TrainSpec
 
 from .errors import LaunchError
@@ -20,7 +21,6 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("connect", "prepare", "train", "consolidate", "merge", "evaluate")
 CONNECT_WAIT_S = 60
 """A rank that cannot be reached is known after this long, whatever training itself may wait for."""
-ON_ALL_DEVICES = ("connect", "train")
 # Filled in from prepared.json when the job starts: only `prepare` knows where a downloaded model lies.
 MODEL_DIR = "{model_dir}"
 
@@ -38,17 +38,20 @@ def jobs_of(
     attempt: int,
     nodes: tuple[Node, ...] = (),
     meeting: Meeting | None = None,
+    ray: RayRequest | None = None,
 ) -> tuple[JobSpec, ...]:
     """One job a stage, in order. Only `connect` and `train` use more than one process, and more than the first of `nodes`."""
     jobs = (_job(name, spec, selection, run, attempt, nodes) for name in stage_names(spec, len(nodes)))
-    return tuple(dataclasses.replace(job, meeting=meeting or Meeting()) for job in jobs)
+    return tuple(dataclasses.replace(job, meeting=meeting or Meeting(), ray=ray) for job in jobs)
 
 
 def _job(
     name: str, spec: TrainSpec, selection: Selection, run: RunDir, attempt: int, nodes: tuple[Node, ...]
 ) -> JobSpec:
+    if name == "connect":
+        return connect_job(selection, nodes, run, attempt)
     log_dir = run.logs(attempt, name)
-    on_all = name in ON_ALL_DEVICES
+    on_all = name == "train"
     if nodes and not on_all:
         nodes = (dataclasses.replace(nodes[0], selection=_first_device(nodes[0].selection)),)
     used = combined(nodes) if nodes else selection if on_all else _first_device(selection)
@@ -64,23 +67,18 @@ def _job(
         cwd=str(run.root),
         run_id=spec.run_id,
         nodes=tuple(node.share for node in nodes),
+        report=_report(run) if name == "train" else None,
     )
 
 
-def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir) -> JobSpec:
-    """The `connect` stage alone, without a plan: it needs to know nothing of a model."""
-    log_dir = run.logs(1, "connect")
+def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir, attempt: int = 1) -> JobSpec:
+    """The `connect` stage, which needs no plan: it knows nothing of a model."""
+    log_dir = run.logs(attempt, "connect")
+    options = ("--device", selection.kind, "--wait-s", str(CONNECT_WAIT_S), "--out", str(run.connection))
     return JobSpec(
         name="connect",
         entrypoint=ENTRYPOINT,
-        args=(
-            "connect",
-            "--log-dir",
-            str(log_dir),
-            "--package-root",
-            str(PACKAGE_ROOT),
-            *_connect(selection.kind, run),
-        ),
+        args=("connect", "--log-dir", str(log_dir), "--package-root", str(PACKAGE_ROOT), *options),
         num_processes=selection.num_processes,
         devices=selection.uuids,
         env=compute_env(selection),
@@ -91,8 +89,8 @@ def connect_job(selection: Selection, nodes: tuple[Node, ...], run: RunDir) -> J
     )
 
 
-def _connect(device: str, run: RunDir) -> tuple[str, ...]:
-    return ("--device", device, "--wait-s", str(CONNECT_WAIT_S), "--out", str(run.connection))
+def _report(run: RunDir) -> JobReport:
+    return JobReport(str(run.root), str(run.metrics), str(run.checkpoints), MANIFEST)
 
 
 def _first_device(selection: Selection) -> Selection:
@@ -104,8 +102,6 @@ def _first_device(selection: Selection) -> Selection:
 def _arguments(name: str, spec: TrainSpec, run: RunDir, attempt: int) -> tuple[str, ...]:
     if name == "train":
         return ("--plan", str(run.plan), "--attempt", str(attempt))
-    if name == "connect":
-        return _connect(spec.parallel.device, run)
     template = ("--template", spec.data.template)
     trust = ("--trust-remote-code",) if spec.model.trust_remote_code else ()
     if name == "consolidate":

@@ -81,6 +81,8 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
     options = Options(
         backend=where.backend,
         nodes=where.nodes,
+        ray=where.ray,
+        placement=where.reasons,
         debug=request.debug,
         cache_dir=cache_dir(),
         host_memory_gb=where.host_memory_gb,
@@ -227,10 +229,11 @@ def _same_devices(request: Request, old: dict[str, Any]) -> Request:
         kept = None if flags["backend"] == "ssh" or request.hosts else flags["backend"]
         return replace(request, backend=request.backend or kept)
     request = replace(request, backend=request.backend or flags["backend"])
-    if flags["hosts"]:
+    if flags.get("hosts"):  # runs of earlier versions know none
         return replace(request, hosts=tuple(flags["hosts"]), gpus=flags["gpus"], cpu=flags["cpu"])
-    if flags["gpus"] or flags["cpu"]:
-        return replace(request, gpus=flags["gpus"], cpu=flags["cpu"])
+    nodes = flags["nodes"]
+    if (flags["gpus"] or flags["cpu"]) and (nodes == 1 or request.backend == "ray"):
+        return replace(request, gpus=flags["gpus"], cpu=flags["cpu"], nodes=max(request.nodes, nodes))
     if parallel["device"] == "cpu":
         return replace(request, cpu=parallel["world_size"])
     return replace(request, gpus=f"free:{parallel['world_size']}")
@@ -278,7 +281,7 @@ def write_run(run: RunDir, plan: Any, loaded: Any, attempt: int, request: Reques
     from .stages import renumbered
 
     flags = {"gpus": request.gpus, "cpu": request.cpu, "backend": plan.backend, "debug": plan.spec.debug}
-    flags["hosts"] = list(request.hosts)
+    flags |= {"hosts": list(request.hosts), "nodes": request.nodes}
     plan = replace(plan, jobs=tuple(renumbered(job, run, attempt) for job in plan.jobs))
     if attempt == 1:
         write_atomic(run.recipe, dump_recipe(loaded))

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import IO, Any, Protocol
 
-from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus, Meeting, NodeShare
+from cluster.job import Backend, ClusterError, Failure, JobHandle, JobSpec, JobState, JobStatus
 from cluster.processes import ProcessIdentity
 from cluster.registry import load
 from cluster.retry import Cause, Fault, RetryLimits, Verdict, decide
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER
 
-from .attempts import DONE_CAUSE, STOPPED_CAUSE, close, earlier_attempts, fault_of, retry_note
+from .attempts import DONE_CAUSE, STOPPED_CAUSE, close, earlier_attempts, fault_of, reach_note, retry_note
 from .errors import LaunchError
 from .job_watch import JobWatch
 from .run_dir import RunDir, read_json, write_json
@@ -62,7 +62,7 @@ class Supervisor:
     def __init__(self, run: RunDir, plan: dict[str, Any], attempt: int, watcher: Watcher) -> None:
         self.run, self.plan, self.watcher = run, plan, watcher
         self.backend: Backend = load(plan["backend"])
-        self.jobs = [job_from_dict(j) for j in plan["jobs"]]
+        self.jobs = [JobSpec.from_dict(j) for j in plan["jobs"]]
         self.limits = RetryLimits(**plan["retry"])
         self.faults: list[Fault] = []
         self.signals: list[int] = []
@@ -248,9 +248,7 @@ class Supervisor:
             return
         self.status.unreachable_since = time.time() if is_unknown else None
         self.status.write(self.run)
-        self.watcher.note(
-            "the job cannot be reached; it may well go on" if is_unknown else "the job is reachable again"
-        )
+        self.watcher.note(reach_note(is_unknown))
 
     def _catch_signals(self) -> Callable[[], None]:
         """Returns the function that puts the old handlers back."""
@@ -293,15 +291,6 @@ def _with_noticed(status: JobStatus, watch: JobWatch) -> JobStatus:
         return status
     failure = dataclasses.replace(status.failure, noticed_s=watch.noticed_s(status.failure.rank))
     return dataclasses.replace(status, failure=failure)
-
-
-def job_from_dict(data: dict[str, Any]) -> JobSpec:
-    """A job of plan.json."""
-    fields = {f.name for f in dataclasses.fields(JobSpec)}
-    values = {key: value for key, value in data.items() if key in fields}
-    nodes = tuple(NodeShare(**{**node, "devices": tuple(node["devices"])}) for node in values["nodes"])
-    values |= {"args": tuple(values["args"]), "devices": tuple(values["devices"]), "nodes": nodes}
-    return JobSpec(**{**values, "meeting": Meeting(**values["meeting"])})
 
 
 def supervise(run: RunDir, attempt: int, done: frozenset[str], watcher: Watcher) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Selection, cpu_selection, select
+from cluster.job import Meeting, RayRequest
 from cluster.nodes import Node, combined
 
 from .errors import LaunchError
@@ -51,6 +52,10 @@ class Where:
     """The hosts, in rank order; empty: this host alone."""
     host_memory_gb: float
     """Of the host that has least, in 2**30 bytes; 0 where it is unknown."""
+    ray: RayRequest | None = None
+    """What each job asks of Ray, where that is the backend."""
+    reasons: tuple[tuple[str, str], ...] = ()
+    """(name, text) for the plan: why there."""
 
 
 def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cache: Path) -> Where:
@@ -59,6 +64,15 @@ def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cach
     _check(flags, backend)
     if backend == "ssh":
         return _on_hosts(flags, recipe, source, run_root, cache)
+    if backend == "ray":
+        from .ray_place import choose_ray
+
+        return choose_ray(flags, recipe.cluster.wait_s, os.environ)
+    return on_this_host(flags, backend)
+
+
+def on_this_host(flags: Flags, backend: str) -> Where:
+    """The devices that `flags` name here. Raises LaunchError or ClusterError."""
     from cluster.nvml import read_inventory
 
     inventory = read_inventory()
@@ -74,9 +88,14 @@ def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cach
     return Where(backend, selection, (), inventory.memory_gb)
 
 
-def _check(flags: Flags, backend: str) -> None:
-    if flags.gpus is not None and flags.cpu is not None:
+def require_one_kind(gpus: str | None, cpu: int | None) -> None:
+    """Raises LaunchError where both kinds of device are asked for."""
+    if gpus is not None and cpu is not None:
         raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
+
+
+def _check(flags: Flags, backend: str) -> None:
+    require_one_kind(flags.gpus, flags.cpu)
     if flags.hosts and backend != "ssh":
         raise LaunchError(
             f"--hosts goes with --backend ssh, not with {backend}",
@@ -84,7 +103,7 @@ def _check(flags: Flags, backend: str) -> None:
         )
     if backend == "ssh" and not flags.hosts:
         raise LaunchError("--backend ssh needs hosts", "Name them: --hosts a:0,1 --hosts b:0,1")
-    if flags.nodes > 1 and not (flags.hosts and flags.nodes == len(flags.hosts)):
+    if backend != "ray" and flags.nodes > 1 and not (flags.hosts and flags.nodes == len(flags.hosts)):
         raise LaunchError(f"--nodes {flags.nodes}: which ones?", "Name them: --hosts a:0,1 --hosts b:0,1")
 
 
@@ -94,9 +113,14 @@ def _on_hosts(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, c
     choices = parse_hosts(flags.hosts, flags.gpus, flags.cpu)
     files = tuple(dict.fromkeys((*_data_files(recipe), *_model_files(source))))
     questions = questions_for(shared_folders(run_root, cache, source.kind), files, COMPARED_PACKAGES)
-    nodes, reports = gather(choices, questions, recipe.cluster.silence_s)
+    nodes, reports = gather(choices, questions, meeting_of(recipe))
     memory_gb = min(report.inventory.memory_gb for report in reports)
     return Where("ssh", combined(nodes), nodes, memory_gb)
+
+
+def meeting_of(recipe: Recipe) -> Meeting:
+    """How the hosts of its jobs come together."""
+    return Meeting(recipe.cluster.port, float(recipe.cluster.wait_s), float(recipe.cluster.silence_s))
 
 
 def _data_files(recipe: Recipe) -> list[str]:

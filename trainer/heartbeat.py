@@ -2,7 +2,7 @@
 
 The loop says where it is by `beat`, which costs an assignment; it never touches the disk. A thread writes that once a
 second into heartbeat_rank_N.json of the log folder, also while the loop waits, so a rank that waits for others differs
-from one that is frozen. All ranks take the same path and beat equally often: who has beaten least is behind.
+from one that is frozen. The end of what may last is written at once: who froze just after must not be given that time. All ranks take the same path and beat equally often: who has beaten least is behind.
 
 No signal and no collective is needed, only the folder: it works for ranks of any host that shares it. Standard library only.
 """
@@ -28,6 +28,21 @@ STACKS_REQUEST = "stacks_request"
 """File of the log folder; when something is written into it, every rank writes its stacks."""
 
 
+def heartbeat_file(log_dir: Path, rank: int) -> Path:
+    """Where `rank` leaves its signs of life."""
+    return log_dir / f"heartbeat_rank_{rank}.json"
+
+
+def stacks_file(log_dir: Path, rank: int) -> Path:
+    """Where `rank` writes its stacks when it is asked to."""
+    return log_dir / f"stacks_rank_{rank}.txt"
+
+
+def signal_stacks_file(log_dir: Path, rank: int) -> Path:
+    """Where `rank` writes its stacks on SIGUSR1: a file of its own, as both may happen at once."""
+    return log_dir / f"stacks_rank_{rank}_signal.txt"
+
+
 class Heartbeat:
     """Where this process is in its work. There is one a process, `HEARTBEAT`; until `start` it only counts."""
 
@@ -35,14 +50,18 @@ class Heartbeat:
         self._at: tuple[int, str, int, int, bool] = (0, "start", -1, -1, True)
         self._steps_done = self._signs = 0
         self._owner = 0
-        self._stacks: IO[bytes] | None = None
+        self._wake = threading.Event()
+        self._stacks: tuple[IO[bytes], ...] = ()
 
     def beat(self, phase: str, step: int = -1, micro: int = -1, may_last: bool = False) -> None:
         """Say what comes next: a phase, in the 1-based `step` and the 0-based `micro` batch where there is one.
 
         `may_last`: its length has nothing to do with that of a step. Every rank must call it equally often.
         """
+        has_lasted = self._at[4] and not may_last and self._steps_done > 0
         self._at = (self._at[0] + 1, phase, step, micro, may_last)
+        if has_lasted:
+            self._wake.set()
 
     def sign(self) -> None:
         """A sign of life within a phase, of work that other ranks do not do."""
@@ -52,6 +71,8 @@ class Heartbeat:
         """The 1-based `step` is done. The first one of a process compiles, allocates and connects: it may last."""
         self._steps_done += 1
         self.beat("between steps", step)
+        if self._steps_done == 1:
+            self._wake.set()
 
     def start(self, log_dir: Path, rank: int) -> None:
         """Write signs of life into `log_dir` from now on, from a thread, and stacks into stacks_rank_N.txt when asked.
@@ -59,25 +80,27 @@ class Heartbeat:
         To be called by the thread that does the work. A crash of a compiled library leaves its stack on stderr.
         """
         self._owner = threading.get_ident()
-        self._stacks = open(log_dir / f"stacks_rank_{rank}.txt", "wb", buffering=0)  # noqa: SIM115  # as long as the process
+        paths = (stacks_file(log_dir, rank), signal_stacks_file(log_dir, rank))
+        self._stacks = tuple(open(path, "wb", buffering=0) for path in paths)  # noqa: SIM115  # as long as the process
         faulthandler.enable()
         # For the launcher on the same host: works whoever holds the interpreter lock, and in a stopped process once it goes on.
-        faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, self._stacks[1], all_threads=True)
         threading.Thread(target=self._write_for_ever, args=(log_dir, rank), name="heartbeat", daemon=True).start()
 
     def _write_for_ever(self, log_dir: Path, rank: int) -> None:
-        path, request = log_dir / f"heartbeat_rank_{rank}.json", log_dir / STACKS_REQUEST
-        assert self._stacks is not None
+        path, request = heartbeat_file(log_dir, rank), log_dir / STACKS_REQUEST
+        stacks = self._stacks[0]
         is_answered = False
         # Training must not end because a sign of life could not be written.
         while True:
             with contextlib.suppress(OSError):
                 _overwrite(path, self._record())
             if not is_answered and _holds_anything(request):
-                faulthandler.dump_traceback(self._stacks, all_threads=True)
+                faulthandler.dump_traceback(stacks, all_threads=True)
                 is_answered = True
-            faulthandler.dump_traceback_later(LOCK_HELD_S, file=self._stacks)
-            time.sleep(INTERVAL_S)
+            faulthandler.dump_traceback_later(LOCK_HELD_S, file=stacks)
+            self._wake.wait(INTERVAL_S)
+            self._wake.clear()
 
     def _record(self) -> bytes:
         beats, phase, step, micro, may_last = self._at

@@ -9,11 +9,13 @@ PACKAGES = ("launcher", "trainer", "cluster")
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets", "numpy")
 HEAVY = frozenset((*LIBRARIES, "accelerate", "bitsandbytes", "safetensors", "tokenizers"))
 # The light contracts: what the launcher may know of the other two packages.
-LIGHT_TRAINER = frozenset(("spec", "ds_config", "checkpoint_format"))
+LIGHT_TRAINER = frozenset(("spec", "ds_config", "checkpoint_format", "heartbeat"))
+# The processes in which Ray runs: the backend starts them by name, and Ray itself imports the last.
+RAY_PROCESSES = frozenset(("ray_driver", "ray_nodes", "ray_worker"))
 
 
 def is_backend(module: str) -> bool:
-    return module.endswith("_backend")
+    return module.endswith("_backend") or module in RAY_PROCESSES - {"ray_nodes"}
 
 
 def is_light(path: str) -> bool:
@@ -84,8 +86,8 @@ def test_launcher_and_contracts_never_import_heavy_modules(trees: dict[str, ast.
     for path, tree in trees.items():
         if not is_light(path):
             continue
-        backend = is_backend(path.removesuffix(".py"))
-        searched = module_level(tree) if backend else tree
+        module = path.rpartition("/")[2].removesuffix(".py")
+        searched = module_level(tree) if is_backend(module) or module in RAY_PROCESSES else tree
         for line, _, target in imports(searched):
             if target.partition(".")[0] in HEAVY:
                 wrong.append(f"{path}:{line} imports {target}")
@@ -111,10 +113,11 @@ def test_light_contracts_lean_only_on_light_files(trees: dict[str, ast.Module]) 
     assert not wrong, "\n".join(wrong)
 
 
-def test_ray_is_imported_only_inside_functions_of_its_backend(trees: dict[str, ast.Module]) -> None:
+def test_ray_is_imported_only_inside_functions_of_its_processes(trees: dict[str, ast.Module]) -> None:
     wrong = []
     for path, tree in trees.items():
-        searched = module_level(tree) if path == "cluster/ray_backend.py" else tree
+        of_ray = path in {f"cluster/{module}.py" for module in RAY_PROCESSES}
+        searched = module_level(tree) if of_ray else tree
         for line, level, target in imports(searched):
             if level == 0 and target.partition(".")[0] == "ray":
                 wrong.append(f"{path}:{line} imports {target}")
@@ -129,5 +132,6 @@ def test_the_rules_catch_violations() -> None:
     assert allowed("launcher", "cluster.job.JobSpec")
     assert not allowed("launcher", "trainer.train.run")
     assert not allowed("launcher", "cluster.ray_backend.RayBackend")
+    assert not allowed("launcher", "cluster.ray_driver.main")
     assert not allowed("cluster", "trainer.spec.TrainSpec")
     assert not allowed("trainer", "launcher.errors.LaunchError")

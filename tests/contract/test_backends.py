@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from cluster.job import ClusterError, JobSpec, JobState
-from cluster.processes import ProcessIdentity, is_alive
+from cluster.job import ClusterError, JobSpec, JobState, Meeting, NodeShare, RayRequest
+from cluster.processes import ProcessIdentity, descendants, is_alive
 from cluster.registry import load
 
-CONTRACT_BACKENDS = ("torchrun", "debug")
+CONTRACT_BACKENDS = ("torchrun", "ray", "debug", "ssh")
+"""Ray as it carries jobs of one process on one host. On a running cluster: tests/hosts/test_ray_contract.py."""
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -33,6 +34,11 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def torchrun():
     return load("torchrun")
+
+
+@pytest.fixture
+def ray():
+    return load("ray")
 
 
 @pytest.fixture
@@ -53,10 +59,12 @@ def job(tmp_path, monkeypatch):
     folder.mkdir()
     log_dir = folder / "logs"
 
-    def make(mode, num_processes=1, extra=()):
+    def make(mode, num_processes=1, extra=(), **more):
         env = {"PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "TUNELAUNCH_TEST": WEIRD}
         args = (mode, str(log_dir), *extra)
-        return JobSpec("train", "contract_worker", args, num_processes, (), env, str(log_dir), str(folder), "run-1")
+        return JobSpec(
+            "train", "contract_worker", args, num_processes, (), env, str(log_dir), str(folder), "run-1", **more
+        )
 
     return make
 
@@ -71,13 +79,22 @@ def finish(backend, handle, seconds=60.0):
         if status.state.is_terminal:
             assert backend.poll(handle) == status
             return status
-        assert status.state is JobState.RUNNING
-        assert time.monotonic() < deadline, Path(handle.job.log_dir, "agent.log").read_text(encoding="utf-8")
+        assert status.state in (JobState.PENDING, JobState.RUNNING)
+        assert status.state is JobState.RUNNING or backend.name in ("ssh", "ray")
+        assert time.monotonic() < deadline, [
+            p.read_text(encoding="utf-8") for p in Path(handle.job.log_dir).glob("*.log")
+        ]
         time.sleep(0.05)
 
 
+def start(backend, job):
+    """Over ssh a job has hosts; here it is this one, which needs no sshd (tests/hosts has some)."""
+    nodes = (NodeShare("localhost", job.num_processes, ()),) if backend.name == "ssh" else job.nodes
+    return backend.start(replace(job, nodes=nodes))
+
+
 def run(backend, job):
-    return finish(backend, backend.start(job))
+    return finish(backend, start(backend, job))
 
 
 def read(job, name):
@@ -100,6 +117,24 @@ def members(job, num_processes):
     identities = [ProcessIdentity.of(pid) for pid in pids]
     assert all(identity is not None and is_alive(identity) for identity in identities)
     return identities
+
+
+def start_elsewhere(name, spec):
+    """A launcher in a process of its own, which prints the pids of the job's first processes and waits."""
+    code = (
+        "import json, sys, time\nfrom cluster.job import JobSpec\nfrom cluster.registry import load\n"
+        f"handle = load('{name}').start(JobSpec.from_dict(json.loads(sys.argv[1])))\n"
+        "print(*handle.pids, flush=True); time.sleep(120)"
+    )
+    argv = [sys.executable, "-P", "-c", code, json.dumps(asdict(spec))]
+    return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+
+
+def describe(process):
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return f"{process.pid} has just gone"
 
 
 class TestEveryBackend:
@@ -165,11 +200,17 @@ class TestEveryBackend:
         assert "no_such_worker" in status.failure.message
 
     def test_a_missing_folder_is_refused(self, backend, job, tmp_path):
+        spec = replace(job("succeed"), cwd=str(tmp_path / "missing"))
+        if backend.name == "ssh":  # what a host cannot do is known when it has answered
+            status = run(backend, spec)
+            assert (status.exit_code, status.failure.kind) == (2, "user")
+            assert status.failure.message.startswith("localhost: the working folder")
+            return
         with pytest.raises(ClusterError, match="the working folder"):
-            backend.start(replace(job("succeed"), cwd=str(tmp_path / "missing")))
+            backend.start(spec)
 
     def test_stop_and_kill_after_the_end_do_nothing(self, backend, job):
-        handle = backend.start(job("succeed"))
+        handle = start(backend, job("succeed"))
         status = finish(backend, handle)
         backend.stop(handle)
         backend.kill(handle)
@@ -219,16 +260,7 @@ class TestTorchrun:
 
     def test_kill_minus_nine_of_the_launcher_ends_all_ranks(self, torchrun, job, tmp_path):
         spec = job("wait", num_processes=2)
-        code = (
-            "import json, sys, time\nfrom cluster.job import JobSpec\nfrom cluster.registry import load\n"
-            "data = json.loads(sys.argv[1]); data['args'] = tuple(data['args'])\n"
-            "handle = load('torchrun').start(JobSpec(**data)); print(*handle.pids, flush=True); time.sleep(120)"
-        )
-        launcher = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, json.dumps(spec.__dict__)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-        )
+        launcher = start_elsewhere("torchrun", spec)
         agent = ProcessIdentity.of(int(launcher.stdout.readline()))
         workers = members(spec, 2)[:2]
         launcher.send_signal(signal.SIGKILL)
@@ -267,6 +299,140 @@ class TestTorchrun:
         assert "--nproc-per-node=4" in command
         assert "--max-restarts=0" in command
         assert command[-4:] == ("-m", "contract_worker", *job("x").args)
+
+
+class TestRay:
+    """A Ray of its own for the job: it takes some 20 s to start, so each test looks at several things."""
+
+    OWN = RayRequest("", 1, 0)
+
+    @staticmethod
+    def folders():
+        """Of each Ray of its own on this host; there may be others."""
+        return set(Path("/tmp").glob("tl-ray-*"))
+
+    @staticmethod
+    def wait_for_end(processes, seconds):
+        """A killed process of some hundred MB takes a moment to go, in which its environment can no longer be read."""
+        deadline = time.monotonic() + seconds
+        while left := [p for p in processes if is_alive(p)]:
+            assert time.monotonic() < deadline, f"still there: {[describe(p) for p in left]}"
+            time.sleep(0.05)
+
+    def test_a_killed_rank_is_the_cause_and_nothing_of_ray_is_left(self, ray, job):
+        before, spec = self.folders(), job("kill_rank_1", num_processes=2, ray=self.OWN)
+        handle = ray.start(spec)
+        wait_for(spec, "told_0.json", "told_1.json")
+        started = descendants(handle.pids[0])
+        commands = " ".join(Path(f"/proc/{p.pid}/cmdline").read_text(errors="replace") for p in started)
+        assert "gcs_server" in commands
+        assert "raylet" in commands
+        status = finish(ray, handle)
+        assert (status.state, status.exit_code) == (JobState.FAILED, 75)
+        assert (status.failure.rank, status.failure.kind) == (1, "killed")
+        assert status.failure.message.startswith("rank 1 was killed by SIGKILL (signal 9)")
+        told = [read(spec, f"told_{rank}.json")["env"] for rank in (0, 1)]
+        assert [(t["RANK"], t["LOCAL_RANK"], t["WORLD_SIZE"], t["LOCAL_WORLD_SIZE"]) for t in told] == [
+            ("0", "0", "2", "2"),
+            ("1", "1", "2", "2"),
+        ]
+        assert told[0]["MASTER_ADDR"] == "127.0.0.1"
+        assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"] != "0"
+        assert not [name for name in told[0] if name.startswith("RAY_")]
+        assert told[0]["TUNELAUNCH_TEST"] == WEIRD
+        self.wait_for_end(started, 2)
+        assert self.folders() <= before
+        assert "RAY_AUTH_TOKEN_PATH" not in Path(spec.log_dir, "job.json").read_text(encoding="utf-8")
+
+    def test_stop_ends_all_ranks_politely(self, ray, job):
+        spec = job("wait", num_processes=2, ray=self.OWN)
+        handle = ray.start(spec)
+        processes = [*members(spec, 2), *descendants(handle.pids[0])]
+        ray.stop(handle)
+        ray.stop(handle)
+        status = finish(ray, handle)
+        assert (status.state, status.exit_code, status.failure) == (JobState.STOPPED, 130, None)
+        assert [read(spec, f"exit_rank_{rank}.json")["code"] for rank in (0, 1)] == [-signal.SIGTERM] * 2
+        self.wait_for_end(processes, 2)
+
+    def test_kill_minus_nine_of_launcher_and_driver_at_once_leaves_nothing(self, ray, job):
+        before, spec = self.folders(), job("wait", num_processes=2, ray=self.OWN)
+        launcher = start_elsewhere("ray", spec)
+        driver = ProcessIdentity.of(int(launcher.stdout.readline()))
+        children = members(spec, 2)[2:]
+        time.sleep(1.5)  # what has started in the meantime is remembered too
+        started = [*descendants(driver.pid), driver]
+        launcher.send_signal(signal.SIGKILL)
+        os.kill(driver.pid, signal.SIGKILL)
+        launcher.wait()
+        launcher.stdout.close()
+        self.wait_for_end([*started, *children], 10)
+        assert self.folders() <= before
+
+    def test_the_command_is_exact(self, ray, job):
+        spec = job("x", num_processes=2, ray=self.OWN)
+        assert ray.command(spec) == (sys.executable, "-P", "-m", "cluster.ray_driver", f"{spec.log_dir}/job.json")
+        alone = job("x", ray=self.OWN)
+        assert ray.command(alone) == load("torchrun").command(alone)
+        joined = replace(alone, ray=RayRequest("head:6379", 1, 0))
+        assert ray.command(joined) == ray.command(spec)
+
+
+class TestSsh:
+    """Two hosts that are both this one: what ssh itself does is in tests/hosts."""
+
+    @pytest.fixture
+    def ssh(self):
+        return load("ssh")
+
+    @pytest.fixture
+    def spec(self, job):
+        def make(mode, **changed):
+            nodes = (NodeShare("localhost", 1, ()), NodeShare("localhost", 1, ()))
+            return replace(job(mode, num_processes=2), nodes=nodes, **changed)
+
+        return make
+
+    def test_ranks_follow_the_order_of_the_hosts(self, ssh, spec):
+        job = spec("succeed")
+        assert finish(ssh, ssh.start(job)).state is JobState.SUCCEEDED
+        told = [read(job, f"told_{rank}.json")["env"] for rank in (0, 1)]
+        assert [(t["RANK"], t["GROUP_RANK"], t["LOCAL_RANK"], t["WORLD_SIZE"]) for t in told] == [
+            ("0", "0", "0", "2"),
+            ("1", "1", "0", "2"),
+        ]
+        assert told[0]["MASTER_PORT"] == told[1]["MASTER_PORT"]
+        assert told[0]["GLOO_SOCKET_IFNAME"] == told[1]["NCCL_SOCKET_IFNAME"] != ""
+
+    def test_a_killed_rank_is_the_cause_and_not_the_peer_that_lost_it(self, ssh, spec):
+        status = finish(ssh, ssh.start(spec("kill_rank_1")))
+        assert (status.state, status.exit_code) == (JobState.FAILED, 75)
+        assert (status.failure.rank, status.failure.kind) == (1, "killed")
+
+    @pytest.mark.parametrize("way", ["stop", "kill"])
+    def test_stop_and_kill_leave_no_process(self, ssh, spec, way):
+        job = spec("wait")
+        handle = ssh.start(job)
+        deadline = time.monotonic() + 60
+        while not all(Path(job.log_dir, f"child_{rank}.json").exists() for rank in (0, 1)):
+            assert not ssh.poll(handle).state.is_terminal
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        processes = members(job, 2)
+        getattr(ssh, way)(handle)
+        status = finish(ssh, handle)
+        assert (status.state, status.exit_code, status.failure) == (JobState.STOPPED, 130, None)
+        assert not any(is_alive(p) for p in processes)
+
+    def test_a_host_that_never_answers_is_told_when_the_limit_has_passed(self, ssh, spec, tmp_path):
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+        python.chmod(0o755)
+        nodes = (NodeShare("localhost", 1, ()), NodeShare("localhost", 1, (), str(python)))
+        status = finish(ssh, ssh.start(replace(spec("succeed"), nodes=nodes, meeting=Meeting(wait_s=2.0))))
+        assert (status.state, status.exit_code, status.failure.kind) == (JobState.FAILED, 75, "node_lost")
+        assert "waiting for an answer of localhost: nothing for 2 s" in status.failure.message
+        assert "cluster.wait_s" in status.failure.hint
 
 
 class TestDebug:

@@ -18,6 +18,7 @@ from support.commands import ROOT, wait_until
 from cluster.job import JobSpec, JobState, JobStatus
 from cluster.processes import ProcessIdentity, is_alive
 from launcher.attempts import attempt_lines, end_note
+from launcher.follow import watch
 from launcher.progress import Progress
 from launcher.run_dir import RunDir, read_json, write_json
 from launcher.status import read_status
@@ -40,7 +41,7 @@ class Case:
             "jobs": [dataclasses.asdict(job) for job in jobs],
             "retry": {**RETRY, **retry},
             "hang_s": hang_s,
-            "spec": {"parallel": {"timeout_s": 60, "device": "cpu"}},
+            "spec": {"debug": False, "parallel": {"timeout_s": 60, "device": "cpu"}},
         }
         write_json(self.run.plan, plan)
         self.supervisor = Supervisor(self.run, read_json(self.run.plan), 1, Progress(self.run, self.out))
@@ -229,6 +230,20 @@ def test_a_hang_names_the_rank_that_is_behind_and_keeps_all_stacks(case: Callabl
     assert 4 <= read_status(one.run).attempts[0].noticed_s < 12
     # Nobody asked the second attempt for its stacks.
     assert not list(one.run.logs(2, "train").glob("stacks*"))
+
+
+def test_who_watches_from_outside_is_told_the_same(
+    case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = case(["kill", "done"], wait_s=1)
+    codes: list[int] = []
+    thread = later(lambda: codes.append(watch(one.run)), one.run.status.is_file)
+    assert one.go() == 0
+    thread.join()
+    told = capsys.readouterr().out
+    assert codes == [0]
+    assert "attempt 2 (crash 1 of 2 within 1000 steps): rank 0 was killed by SIGKILL" in told
+    assert told.index("FAILED") < told.index("attempt 2") < told.rindex("done")
 
 
 def test_a_launcher_that_was_killed_is_an_attempt_of_its_own(case: Callable[..., Case]) -> None:

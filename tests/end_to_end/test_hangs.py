@@ -99,8 +99,8 @@ def test_a_frozen_rank_is_named_and_the_run_goes_on(folder: Path, straight: dict
     page = (run.logs(1, "train") / "hang.txt").read_text()
     assert "no stack" not in page
     assert page.count("in train_step") == 2
-    for rank in (0, 1):
-        assert "train.py" in (run.logs(1, "train") / f"stacks_rank_{rank}.txt").read_text()
+    for name in ("stacks_rank_0.txt", "stacks_rank_1_signal.txt"):
+        assert "train.py" in (run.logs(1, "train") / name).read_text()
     assert attempts[0].noticed_s is not None
     assert 5 <= attempts[0].noticed_s < 10
     require_equal(run, straight, attempts)

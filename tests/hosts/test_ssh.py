@@ -19,7 +19,7 @@ from support.commands import FP32, ROOT, Launch, losses, only_run, wait_until, w
 from support.ssh_hosts import SshCluster, SshHost, ssh_cluster
 
 HOSTS = ("--hosts", "alpha", "--hosts", "beta", "--cpu", "1")
-NO_RETRY: tuple[str, ...] = ()
+NO_RETRY = ("--set", "retry.crashes=0", "--set", "retry.node_losses=0")
 STEPS = 12
 
 
@@ -133,27 +133,48 @@ def test_a_killed_worker_is_the_first_cause(cluster: SshCluster, started: Start)
     assert_nothing_is_left(cluster)
 
 
-def test_a_lost_host_is_the_first_cause_and_the_run_goes_on_when_it_is_back(
+def test_a_run_goes_on_by_itself_when_a_lost_host_is_back(
     cluster: SshCluster, started: Start, work: Path, environment: dict[str, str]
 ) -> None:
-    process, run = started(*NO_RETRY)
-    alpha, beta = cluster.hosts
+    process, run = started()
+    beta = cluster.hosts[1]
     beta.kill()
     began = time.monotonic()
-    assert process.wait(60) == 75, started.output()
-    noticed_s = time.monotonic() - began
-    assert "the link to beta:" in started.output()
-    assert noticed_s < 25
-    wait_until(lambda: not jobs_on(alpha), 15, "nothing left on alpha")
-    beta.start()
+    wait_until(lambda: "attempt 2 (lost node 1 of 5" in started.output(), 60, "another attempt")
+    assert time.monotonic() - began < 25
     before = at(run)
-    again = cluster.popen(["runs", "resume", str(run), *NO_RETRY], work, environment, work / "again.log")
+    beta.start()
+    wait_until(lambda: at(run) > before + 5 or process.poll() is not None, 120, "steps of the second attempt")
+    assert process.poll() is None, started.output()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, started.output()
+    first, second = json.loads((run / "status.json").read_text(encoding="utf-8"))["attempts"]
+    assert (first["cause"], first["retried"], second["cause"]) == ("node_lost", True, "stopped")
+    assert first["message"].startswith("the link to beta:")
+    assert first["step"] - first["next_step"] <= 5
+    assert_nothing_is_left(cluster)
+    # By hand, it goes on over the same hosts.
+    before = at(run)
+    again = cluster.popen(["runs", "resume", str(run)], work, environment, work / "again.log")
     wait_until(lambda: at(run) > before + 5 or again.poll() is not None, 120, "steps after the resume")
     assert again.poll() is None, (work / "again.log").read_text(encoding="utf-8")
     again.send_signal(signal.SIGINT)
     assert again.wait(60) == 130
-    assert "resumed from step_0000" in (run / "logs" / "attempt_2" / "train" / "rank_0.log").read_text(encoding="utf-8")
+    assert "resumed from step_0000" in (run / "logs" / "attempt_3" / "train" / "rank_1.log").read_text(
+        encoding="utf-8"
+    ) + (run / "logs" / "attempt_3" / "train" / "rank_0.log").read_text(encoding="utf-8")
     assert_nothing_is_left(cluster)
+
+
+def test_a_lost_host_is_the_first_cause(cluster: SshCluster, started: Start) -> None:
+    process, _ = started(*NO_RETRY)
+    cluster.hosts[1].kill()
+    try:
+        assert process.wait(60) == 75, started.output()
+        assert "the link to beta:" in started.output()
+        wait_until(lambda: not jobs_on(cluster.hosts[0]), 15, "nothing left on alpha")
+    finally:
+        cluster.hosts[1].start()
 
 
 def test_a_cable_pulled_for_20_s_costs_nothing_but_time(cluster: SshCluster, started: Start) -> None:
@@ -167,6 +188,8 @@ def test_a_cable_pulled_for_20_s_costs_nothing_but_time(cluster: SshCluster, sta
     wait_until(lambda: at(run) > held + 3 or process.poll() is not None, 90, "steps after the cable was put back")
     assert process.poll() is None, started.output()
     assert held - before < 500
+    assert "the job cannot be reached; it may well go on" in started.output()
+    assert "the job is reachable again" in started.output()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, started.output()
     assert max(losses(run)) % 5 == 0 or any((run / "checkpoints").glob(f"step_*{max(losses(run))}"))

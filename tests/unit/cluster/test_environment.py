@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cluster.environment import environment_warnings, job_env
+from cluster.environment import environment_warnings, job_env, travelling
 from cluster.job import JobSpec
 
 
@@ -94,3 +94,21 @@ def test_an_outer_job_and_nccl_settings_are_mentioned():
         "RANK=1, WORLD_SIZE=4: from an outer job; not passed on to our workers",
         "NCCL_IB_DISABLE=1, NCCL_SHM_DISABLE=1: passed on to the workers; unset what is left over",
     ]
+
+
+def test_settings_go_along_to_other_hosts_and_secrets_do_not():
+    here = {
+        "HF_HOME": "/data/hf",
+        "NCCL_DEBUG": "INFO",
+        "TUNELAUNCH_CACHE": "/data/缓存",
+        "HF_ENDPOINT": "https://mirror.lab",
+    }
+    kept_back = {
+        "HF_TOKEN": "hf_canary",
+        "WANDB_API_KEY": "canary",
+        "PATH": "/bin",
+        "RANK": "3",
+        "AWS_SECRET_ACCESS_KEY": "c",
+    }
+    assert travelling({**here, **kept_back}) == here
+    assert travelling({"HF_ENDPOINT": "https://me:canary@mirror.lab"}) == {}

@@ -158,7 +158,7 @@ sys.stdin.readline()
 def test_the_launcher_reads_what_a_rank_writes(tmp_path: Path) -> None:
     def seen(beats: int) -> Beat:
         deadline = time.monotonic() + 10
-        while (found := read_beats(str(tmp_path), 2)).get(0, BEAT).beats != beats:
+        while (found := read_beats(tmp_path, 2)).get(0, BEAT).beats != beats:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert list(found) == [0]

@@ -134,6 +134,12 @@ def test_settings_that_a_recipe_does_not_have() -> None:
         ("train:\n  seed: 017\n", "5:9", "'017' is a string", "Write 17, without the leading zero"),
         ("train:\n  seed: 0x1F\n", "5:9", "'0x1F' is a string", "Write 31"),
         ("train:\n  warmup_ratio: 3%\n", "5:17", "'3%' is a string", "Write 0.03"),
+        (
+            "cluster:\n  port: 99999\n",
+            "5:9",
+            "cluster.port: 99999; expected a whole number, 0 or more and 65535 or less",
+            "",
+        ),
         ("train:\n  warmup_ratio: 1.0\n", "5:17", "train.warmup_ratio: 1.0; expected a number, 0 or more and less", ""),
         ("train:\n  betas: [0.9]\n", "5:10", "a list of 1; expected a list of 2 numbers", ""),
         ("train:\n  betas: [0.9, x]\n", "5:16", "train.betas[2]: 'x' is a string; expected a number", ""),

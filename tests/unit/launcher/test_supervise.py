@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job import Failure, JobSpec
+from cluster.job import Failure, JobSpec, Meeting, NodeShare
 from launcher.errors import LaunchError
 from launcher.progress import Progress
 from launcher.run_dir import RunDir
 from launcher.stages import renumbered, set_output_aside
 from launcher.status import CRASHED, RUNNING, read_status
-from launcher.supervise import Supervisor, failure_text, hold, job_from_dict
+from launcher.supervise import Supervisor, failure_text, hold
 
 JOB = JobSpec("merge", "trainer.worker", ("merge", "--out", "X"), 1, (), {}, "L", "C", "run")
 
@@ -32,7 +32,16 @@ def test_second_launcher_is_refused(tmp_path: Path) -> None:
 
 
 def test_job_survives_the_plan_file() -> None:
-    assert job_from_dict(json.loads(json.dumps(dataclasses.asdict(JOB)))) == JOB
+    assert JobSpec.from_dict(json.loads(json.dumps(dataclasses.asdict(JOB)))) == JOB
+    nodes = (NodeShare("a", 1, ("GPU-1",)), NodeShare("b", 2, ("GPU-2", "GPU-3"), "/b/python"))
+    over_hosts = dataclasses.replace(JOB, nodes=nodes, meeting=Meeting(29500, 10.0, 20.0))
+    assert JobSpec.from_dict(json.loads(json.dumps(dataclasses.asdict(over_hosts)))) == over_hosts
+
+
+def test_a_job_of_a_run_that_knew_no_hosts_is_read() -> None:
+    data = json.loads(json.dumps(dataclasses.asdict(JOB)))
+    del data["nodes"], data["meeting"]
+    assert JobSpec.from_dict(data) == JOB
 
 
 def test_output_of_an_earlier_job_is_set_aside(tmp_path: Path) -> None:

@@ -1,0 +1,351 @@
+"""The driver of a job under Ray: `-m cluster.ray_driver JOB_FILE`. It starts or joins Ray, runs the job as a TorchTrainer, and says how it ended.
+
+Exit codes are those of every backend. Metrics and checkpoints are reported as they lie on disk, so the folder of the
+job's report is Ray's experiment folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from . import logs, processes, ray_guard, ray_local, ray_placement, ray_worker
+from .environment import travelling
+from .explain import explain
+from .failure import EXIT_BUG, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
+from .job import ClusterError, JobSpec
+from .outcome import job_status
+from .ray_nodes import alive_nodes, lost_nodes
+from .ray_placement import RayNode
+from .ray_report import forget_missing
+
+GROUP_TIMEOUT_S = 600
+"""Limit of each step that the watchers of all ranks take together; they take one a second."""
+WAIT_LINE_S = 5.0
+_POLL_S = 0.1
+_DISCONNECT_S = 3.0
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(GROUP_TIMEOUT_S),
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the job of `argv[0]`. Returns 0, 2, 70, 75 or 130."""
+    job = JobSpec.from_dict(json.loads(Path(argv[0]).read_text(encoding="utf-8")))
+    stop = threading.Event()
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        # Nothing is raised from here: it would come up inside of Ray's own code, which does not bear it.
+        stop.set()
+        (Path(job.log_dir) / ray_worker.STOP_FILE).touch()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    os.environ.update(_SETTINGS)
+    try:
+        with _ray(job):
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
+            return _run(job, stop)
+    except ClusterError as e:
+        return _fail(job, -1, "user" if e.exit_code == EXIT_USER else "retry", e.message, e.hint, e.exit_code)
+    finally:
+        (Path(job.log_dir) / logs.WAITING).unlink(missing_ok=True)
+
+
+def _run(job: JobSpec, stop: threading.Event) -> int:
+    """Fit in a thread, so that this one hears signals. Returns the exit code."""
+    errors: list[Exception] = []
+    nodes = alive_nodes()
+
+    def fit() -> None:
+        try:
+            _require_room(job, nodes)
+            threading.Thread(target=_show_waiting, args=(job,), daemon=True).start()
+            if job.num_processes == 1 and job.report is None:
+                _run_alone(job)
+            else:
+                _fit(job, nodes)
+        except Exception as e:  # the border of the job: Ray ends in many ways, and what the workers left says more
+            errors.append(e)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive() and not stop.is_set():
+        thread.join(_POLL_S)
+    if stop.is_set():
+        deadline = time.monotonic() + ray_worker.GRACEFUL_S + _POLL_S
+        while _has_started(job) and len(logs.read_exits(job.log_dir)) < job.num_processes:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        return EXIT_STOPPED
+    if errors:
+        return _ended(job, errors[0], nodes)
+    exits = logs.read_exits(job.log_dir)
+    return job_status(max(exits.values(), default=0), exits, "", False, job.log_dir).exit_code or 0
+
+
+@contextlib.contextmanager
+def _ray(job: JobSpec) -> Iterator[None]:
+    """Ray, connected: the cluster at the job's address, or one of our own, which ends with this process however it ends."""
+    assert job.ray is not None
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "WARNING",
+        # Of the job and not of the workers alone: Ray runs such a hook for whole jobs only.
+        "runtime_env": {"worker_process_setup_hook": "cluster.ray_worker.choose_interface"},
+    }
+    if job.ray.address:
+        os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = (
+            "1"  # the run, its workers and their logs on the cluster's dashboard
+        )
+        import ray
+
+        try:
+            ray.init(address=job.ray.address, **options)
+        except ConnectionError as e:
+            raise ClusterError(
+                f"no Ray cluster answers at {job.ray.address}: {e}",
+                "Check ray status there, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here.",
+                EXIT_RETRY,
+            ) from None
+        try:
+            yield
+        finally:
+            _disconnect()
+        return
+    guard = ray_guard.start_guard()
+    with ray_local.local_folder() as folder:
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ.update(ray_local.local_env(ray_local.write_token(folder)))
+        import ray  # reads them when it is imported
+
+        ray.init(
+            address="local",
+            num_cpus=job.num_processes * job.ray.cpus_per_process,
+            num_gpus=job.num_processes * job.ray.gpus_per_process,
+            include_dashboard=False,
+            object_store_memory=ray_local.OBJECT_STORE_BYTES,
+            _temp_dir=str(folder),
+            **options,
+        )
+        try:
+            yield
+        finally:
+            _disconnect()
+    assert guard.stdin is not None
+    guard.stdin.close()
+
+
+def _disconnect() -> None:
+    """ray.shutdown, which waits for a minute where Ray has died. This process ends next, and with it all that is left."""
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, daemon=True)
+    thread.start()
+    thread.join(_DISCONNECT_S)
+
+
+def _require_room(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
+    """Raises ClusterError for what can never fit."""
+    if ray_placement.choose_nodes(nodes, job, free=False) is None:
+        raise ClusterError(
+            f"this job can never start here: wanted {ray_placement.wanted(job)}, and the nodes are\n"
+            f"{ray_placement.table(nodes)}",
+            "Ask for less (--gpus free:N or --cpu N, which count per node; --nodes), or add nodes.",
+        )
+
+
+def _run_alone(job: JobSpec) -> None:
+    """One process that reports nothing, on any node: a plain task, since Ray Train would take half a minute to start.
+
+    Raises ClusterError where there is no room in time, and what the task raises.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    assert job.ray is not None
+    cpus, gpus = job.ray.cpus_per_process, job.ray.gpus_per_process
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+    try:
+        if not group.wait(job.meeting.wait_s):
+            raise _no_room(job)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(ray_worker.run_alone)
+        ray.get(task.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote(_config(job)))
+    except RayTaskError as e:
+        raise e.cause from None
+    finally:
+        remove_placement_group(group)
+
+
+def _config(job: JobSpec) -> dict[str, Any]:
+    """What a worker has to know."""
+    tag = os.environ.get(processes.TAG_VARIABLE, "")
+    return {"job": dataclasses.asdict(job), "travelling": travelling(os.environ), "tag": tag}
+
+
+def _no_room(job: JobSpec) -> ClusterError:
+    text = f"{ray_placement.shortage(alive_nodes(), job)} for {job.meeting.wait_s:g} s"
+    return ClusterError(text, "Wait until others end, ask for less, or raise cluster.wait_s.", EXIT_RETRY)
+
+
+def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
+    """Train until all workers have ended. Raises what Ray raises."""
+    import ray
+    from pyarrow.fs import LocalFileSystem
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = Path(job.report.folder if job.report else job.log_dir)
+    # Read by the controller, to which Ray Train passes it on.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.meeting.wait_s)
+    forget_missing(folder, ray.__version__)
+    trainer = TorchTrainer(
+        ray_worker.train,
+        train_loop_config=_config(job),
+        torch_config=TorchConfig(backend="gloo", timeout_s=GROUP_TIMEOUT_S),
+        scaling_config=_scaling(job, ray_placement.place(nodes, job)),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            storage_filesystem=LocalFileSystem(),
+            # Whether to try again is decided by the launcher, in one place for every backend.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            # Never deletes: the saver of the job keeps as many as the recipe says.
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        forget_missing(folder, ray.__version__)
+
+
+def _scaling(job: JobSpec, placement: ray_placement.Placement) -> Any:
+    from ray.train import ScalingConfig
+
+    assert job.ray is not None
+    pinned = [{"ray.io/node-id": node_id} for node_id in placement.node_ids]
+    return ScalingConfig(
+        num_workers=job.num_processes,
+        use_gpu=job.ray.gpus_per_process > 0,
+        resources_per_worker={
+            "CPU": job.ray.cpus_per_process,
+            **({"GPU": job.ray.gpus_per_process} if job.ray.gpus_per_process else {}),
+        },
+        placement_strategy=placement.strategy,
+        label_selector=pinned or None,
+    )
+
+
+def _show_waiting(job: JobSpec) -> None:
+    """While no worker has started and the cluster has no room: says what is missing, in agent.log and for the terminal."""
+    assert job.ray is not None
+    path, began, shown = Path(job.log_dir) / logs.WAITING, time.monotonic(), 0.0
+    try:
+        while not _has_started(job):
+            waited_s = time.monotonic() - began
+            nodes = alive_nodes()
+            if _is_pending(job) and ray_placement.choose_nodes(nodes, job, free=True) is None:
+                text = f"waiting for {waited_s:.0f} of {job.meeting.wait_s:g} s: {ray_placement.shortage(nodes, job)}"
+                path.write_text(text + "\n", encoding="utf-8")
+                if waited_s - shown >= WAIT_LINE_S or not shown:
+                    print(text, flush=True)
+                    shown = max(waited_s, _POLL_S)
+            time.sleep(1.0)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_pending(job: JobSpec) -> bool:
+    """Whether a group of places like this job's is asked for and not given: then what is free does not count its own."""
+    from ray.util import placement_group_table
+
+    groups = placement_group_table().values()
+    return any(g["state"] in ("PENDING", "RESCHEDULING") and len(g["bundles"]) == job.num_processes for g in groups)
+
+
+def _has_started(job: JobSpec) -> bool:
+    return any(Path(job.log_dir).glob("rank_*.log"))
+
+
+def _ended(job: JobSpec, error: Exception, nodes: tuple[RayNode, ...]) -> int:
+    """Fit has failed. Writes down what no worker could, and returns the exit code of the first cause."""
+    if isinstance(error, ClusterError):
+        raise error
+    traceback.print_exception(error)
+    exits = logs.read_exits(job.log_dir)
+    _tell_what_ray_knows(job, error, exits, nodes)
+    return job_status(EXIT_BUG, exits or {-1: EXIT_BUG}, "", False, job.log_dir).exit_code or EXIT_BUG
+
+
+def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int], nodes: tuple[RayNode, ...]) -> None:
+    """`nodes`: those that lived when the job began."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+    assert job.ray is not None
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(cause, WorkerGroupStartupTimeoutError):
+        raise _no_room(job)
+    if isinstance(error, WorkerGroupError):
+        silent = {rank: e for rank, e in error.worker_failures.items() if exits.get(rank, 0) == 0}
+        for failure in silent.values():
+            base = getattr(failure, "_base_exc", failure)
+            if isinstance(base, ClusterError):
+                kind = "user" if base.exit_code == EXIT_USER else "retry"
+                _fail(job, -1, kind, base.message, base.hint, base.exit_code)
+                return
+        if silent:
+            rank, failure = min(silent.items())
+            gone = ", ".join(lost_nodes(nodes))
+            message = f"rank {rank} was lost with the node {gone}" if gone else f"rank {rank} was lost: {_why(failure)}"
+            _fail(job, rank, "node_lost" if gone else "retry", message, _LOST_HINT, EXIT_RETRY)
+    elif isinstance(error, PreemptionError):
+        _fail(job, -1, "preempted", "Ray takes a node of this job away (preemption)", _LOST_HINT, EXIT_RETRY)
+    elif not exits:
+        known = explain(str(cause))
+        kind, hint = (known.kind, known.hint) if known else ("retry", _LOST_HINT)
+        lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        _fail(job, -1, kind, f"Ray ended the job: {lines[-1].strip()}", hint, _EXIT_CODES[kind])
+
+
+_EXIT_CODES = {"user": EXIT_USER, "retry": EXIT_RETRY, "bug": EXIT_BUG}
+_LOST_HINT = "Its node may be down, or Ray on it: ray status. What was saved is whole: launch runs resume RUN"
+
+
+def _why(failure: Exception) -> str:
+    """The end of Ray's report on a dead actor, after what it was."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return (lines or [type(failure).__name__])[-1][:300]
+
+
+def _fail(job: JobSpec, rank: int, kind: str, message: str, hint: str, exit_code: int) -> int:
+    print(f"{message}\n{hint}", flush=True)
+    logs.write_agent_failure(job.log_dir, rank, kind, message, hint, exit_code)
+    return exit_code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of Ray must not hold back the result. Processes of a Ray of our own end with this one.
+    os._exit(code)

@@ -1,0 +1,198 @@
+"""Whole runs under Ray: on two nodes in network namespaces with token authentication, and on a Ray of its own. `make test-cluster`.
+
+The losses are those of torchrun on this host. Then a worker, and a whole node, are killed while it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.commands import FP32, LAUNCH, ROOT, Launch, losses, wait_until, worker_pids
+from support.hosts import Host, hosts
+from support.ray_nodes import RayNodes, ray_nodes
+
+STEPS = 8
+SHORT = (*FP32, "--set", f"train.max_steps={STEPS}", "--set", "checkpoint.every_steps=3")
+ENDLESS = (*FP32, "--set", "train.max_steps=5000", "--set", "checkpoint.every_steps=20")
+NO_RETRY = ("--set", "retry.crashes=0", "--set", "retry.node_losses=0")
+RELATIVE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray") / "recipes"
+    shutil.copytree(ROOT / "recipes", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(folder: Path, launch: Launch) -> dict[int, float]:
+    done = launch("tiny_cpu.yaml", "--cpu", "2", "--run-dir", "torchrun", *SHORT, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = losses(folder / "torchrun")
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    return expected
+
+
+@pytest.fixture(scope="module")
+def two_hosts() -> Iterator[list[Host]]:
+    with hosts(2) as found:
+        yield found
+
+
+@pytest.fixture
+def nodes(two_hosts: list[Host], tmp_path: Path) -> Iterator[RayNodes]:
+    """New ones for each test: some do not outlive it."""
+    with ray_nodes(tmp_path, two_hosts) as found:
+        yield found
+
+
+def start(host: Host, nodes: RayNodes, environment: dict[str, str], folder: Path, name: str, *args: str):
+    """`launch tiny_cpu.yaml --backend ray` on a host; returns at once."""
+    env = {**{k: v for k, v in environment.items() if not k.startswith("RAY_")}, **nodes.env}
+    env |= {k: v for k, v in environment.items() if k.startswith(("TUNELAUNCH_", "HF_"))}
+    argv = [*host.prefix, str(LAUNCH), "tiny_cpu.yaml", "--backend", "ray", "--run-dir", name, *args]
+    return subprocess.Popen(argv, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def check_told_to_ray(run: Path) -> None:
+    """Ray's own list names the newest checkpoint where the saver put it, and Ray restores from there."""
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept[-1] == f"step_{STEPS:06d}"
+    code = (
+        "import sys\nfrom ray.train import Result\nr = Result.from_path(sys.argv[1])\n"
+        "print(r.checkpoint.path, r.metrics['step'], r.metrics['loss'])"
+    )
+    env = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1"}
+    argv = [str(LAUNCH.with_name("python")), "-c", code, str(run)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    path, step, loss = done.stdout.split()
+    assert path == str(run / "checkpoints" / kept[-1])
+    assert (int(step), float(loss)) == (STEPS, losses(run)[STEPS])
+
+
+def check_equal(run: Path, expected: dict[int, float]) -> None:
+    got = losses(run)
+    worst = max(abs(got[step] / loss - 1) for step, loss in expected.items())
+    print(f"worst relative deviation from torchrun in {run.name}: {worst:.1e}")
+    assert got == pytest.approx(expected, rel=RELATIVE)
+
+
+def test_two_nodes_compute_what_torchrun_does_and_every_stage_runs_on_them(
+    folder: Path,
+    environment: dict[str, str],
+    two_hosts: list[Host],
+    nodes: RayNodes,
+    by_torchrun: dict[int, float],
+) -> None:
+    before = two_hosts[1].received_bytes()
+    process = start(two_hosts[0], nodes, environment, folder, "two_nodes", "--cpu", "1", "--nodes", "2", *SHORT)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    run = folder / "two_nodes"
+    check_equal(run, by_torchrun)
+    check_told_to_ray(run)
+    assert two_hosts[1].received_bytes() - before > 1e6
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    assert all(job["ray"]["address"] == nodes.address for job in plan["jobs"])
+    assert "2 nodes x 1 processes" in output
+    token = Path(nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    told = [p for p in run.rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
+    assert not told
+    assert (run / "merged" / "config.json").is_file()
+
+
+def training(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until it has done that step."""
+
+    def done() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        return (run / "metrics.jsonl").is_file() and max(losses(run), default=0) >= step
+
+    wait_until(done, 200, f"step {step} of {run.name}")
+
+
+def worker_of(run: Path, rank: int) -> int:
+    for pid in worker_pids(run):
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def ended(process: subprocess.Popen[str], run: Path, since: float) -> dict:
+    """The run's failure, once the command has ended and nothing of it is left."""
+    output, _ = process.communicate(timeout=120)
+    seconds = time.monotonic() - since
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    assert process.returncode == 75, output
+    print(f"{run.name}: ended {seconds:.1f} s after the kill: {status['failure']['message']}")
+    wait_until(lambda: not worker_pids(run), 20, "the end of all workers")
+    return status["failure"]
+
+
+def test_a_killed_worker_is_the_first_cause(
+    folder: Path, environment: dict[str, str], two_hosts: list[Host], nodes: RayNodes
+) -> None:
+    flags = ("--cpu", "1", "--nodes", "2", *ENDLESS, *NO_RETRY)
+    process = start(two_hosts[0], nodes, environment, folder, "killed_worker", *flags)
+    run = folder / "killed_worker"
+    training(run, 5, process)
+    since = time.monotonic()
+    os.kill(worker_of(run, 1), signal.SIGKILL)
+    failure = ended(process, run, since)
+    assert time.monotonic() - since < 45
+    assert (failure["rank"], failure["kind"]) == (1, "killed")
+    assert failure["message"].startswith("rank 1 was killed by SIGKILL (signal 9)")
+
+
+def test_a_killed_node_is_the_first_cause(
+    folder: Path, environment: dict[str, str], two_hosts: list[Host], nodes: RayNodes
+) -> None:
+    flags = ("--cpu", "1", "--nodes", "2", *ENDLESS, *NO_RETRY)
+    process = start(two_hosts[0], nodes, environment, folder, "killed_node", *flags)
+    run = folder / "killed_node"
+    training(run, 5, process)
+    on_second = {p.pid for p in nodes.members(1)}
+    (lost,) = [rank for rank in (0, 1) if worker_of(run, rank) in on_second]
+    since = time.monotonic()
+    nodes.kill(1)
+    failure = ended(process, run, since)
+    assert (failure["rank"], failure["kind"]) == (lost, "node_lost")
+    assert failure["message"] == f"rank {lost} was lost with the node {two_hosts[1].address}"
+
+
+def test_a_ray_of_its_own_computes_what_torchrun_does(
+    folder: Path, launch: Launch, by_torchrun: dict[int, float]
+) -> None:
+    flags = ("--backend", "ray", "--cpu", "2", "--run-dir", "own", *SHORT)
+    done = launch("tiny_cpu.yaml", *flags, cwd=folder, RAY_ADDRESS="local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "one of our own for training" in done.stdout
+    check_equal(folder / "own", by_torchrun)
+    check_told_to_ray(folder / "own")
+
+
+def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, launch: Launch, by_torchrun: dict[int, float]) -> None:
+    """As if it had been stopped after step 6."""
+    run = folder / "resumed"
+    shutil.copytree(folder / "torchrun", run)
+    (run / "plan.json").write_text((run / "plan.json").read_text().replace(str(folder / "torchrun"), str(run)))
+    shutil.rmtree(run / "checkpoints" / "step_000008")
+    status = json.loads((run / "status.json").read_text())
+    status |= {"run_id": "resumed", "state": "stopped", "stages": {**status["stages"], "train": "stopped"}}
+    (run / "status.json").write_text(json.dumps(status))
+    done = launch("tiny_cpu.yaml", *SHORT, "--resume", str(run), "--backend", "ray", cwd=folder, RAY_ADDRESS="local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    again = {row["step"]: row["loss"] for row in rows if row["attempt"] == 2}
+    assert sorted(again) == [7, 8]
+    assert again == pytest.approx({step: by_torchrun[step] for step in again}, rel=RELATIVE)

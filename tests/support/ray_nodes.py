@@ -1,0 +1,97 @@
+"""A real Ray over hosts of `support.hosts`, or on this host: token authentication, and every process of it gone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.processes import ProcessIdentity, descendants, is_alive, signal_process
+from support.commands import ROOT
+from support.hosts import Host
+
+PORT = 6379
+
+
+@dataclass
+class RayNodes:
+    """Running nodes; `env` is what a process needs to join them."""
+
+    address: str
+    env: dict[str, str]
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """`ray start --block` of each, the head first."""
+
+    def members(self, index: int) -> list[ProcessIdentity]:
+        """All processes of a node, workers and what they started too."""
+        root = ProcessIdentity.of(self.nodes[index].pid)
+        return [*descendants(self.nodes[index].pid), *([root] if root else [])]
+
+    def kill(self, index: int) -> None:
+        """kill -9 of everything on a node at once, again until nothing is left."""
+        known = set(self.members(index))
+        deadline = time.monotonic() + 20
+        while alive := [p for p in known if is_alive(p)]:
+            assert time.monotonic() < deadline, f"processes that do not end: {alive}"
+            for process in alive:
+                known.update(descendants(process.pid))
+                signal_process(process, signal.SIGKILL)
+            time.sleep(0.02)
+        self.nodes[index].wait()
+
+
+@contextlib.contextmanager
+def ray_nodes(folder: Path, hosts: Sequence[Host] = (), num_cpus: int = 2) -> Iterator[RayNodes]:
+    """A head on the first of `hosts` and a node on each other; none: one node on this host, on a port of its own."""
+    token = folder / "cluster_token"
+    token.write_text("5" * 64, encoding="utf-8")
+    session = Path(tempfile.mkdtemp(prefix="tlr", dir="/tmp"))  # sockets lie in it: their paths must be short
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNELAUNCH_"))}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "contract")))
+    addresses = [host.address for host in hosts] or ["127.0.0.1"]
+    port = PORT if hosts else _free_port()
+    found = RayNodes(f"{addresses[0]}:{port}", {**env, "RAY_ADDRESS": f"{addresses[0]}:{port}"})
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={num_cpus}"]
+    start += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    try:
+        with open(folder / "ray.log", "wb") as log:
+            for index, address in enumerate(addresses):
+                which = ["--head", f"--port={port}", "--include-dashboard=false"] if index == 0 else []
+                which += [f"--temp-dir={session}"] if index == 0 else [f"--address={found.address}"]
+                argv = [*(hosts[index].prefix if hosts else ()), *start, *which, f"--node-ip-address={address}"]
+                found.nodes.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log, cwd=folder))
+                _wait_for_nodes(found, hosts[0].prefix if hosts else (), index + 1, folder)
+        yield found
+    finally:
+        for index, node in enumerate(found.nodes):
+            if node.poll() is None:
+                found.kill(index)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def _wait_for_nodes(found: RayNodes, prefix: tuple[str, ...], count: int, folder: Path) -> None:
+    argv = [*prefix, sys.executable, "-P", "-m", "cluster.ray_nodes", found.address]
+    deadline = time.monotonic() + 120
+    said = ""
+    while said.count('"node_id"') != count:
+        text = (folder / "ray.log").read_text(errors="replace")[-3000:]
+        assert time.monotonic() < deadline, f"Ray has not {count} node(s): {said}\n{text}"
+        time.sleep(1.0)
+        said = subprocess.run(argv, env=found.env, capture_output=True, text=True, timeout=120, check=False).stdout
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
