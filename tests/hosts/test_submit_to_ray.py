@@ -19,7 +19,7 @@ from support.ray_hosts import RayCluster, ray_cluster
 
 TOKEN, IN_WORKER, IN_FILE, ON_CLIENT = (f"canary-{what}-6f2d90b1" for what in ("token", "worker", "file", "client"))
 SECRETS = "secrets=[{name: HF_TOKEN}, {name: WANDB_API_KEY, path: ~/key}]"
-# The head alone: what is submitted here is about the way there and back, not about what trains.
+# The head alone, where a test is about the way there and back, and not about what trains.
 FLAGS = ("--backend", "torchrun", "--cpu", "1", "--set", SECRETS)
 Client = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -100,8 +100,10 @@ def test_refusals_of_a_real_dashboard(client: Client, address: tuple[str, ...], 
 
 
 def test_a_run_from_submission_to_its_end(client: Client, address: tuple[str, ...], folder: Path) -> None:
-    done = client("submit", "tiny_cpu.yaml", *address, *FLAGS, "--set", "train.epochs=1", "--follow")
+    flags = ("--cpu", "1", "--nodes", "2", "--set", SECRETS, "--set", "train.epochs=1")
+    done = client("submit", "tiny_cpu.yaml", *address, *flags, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 nodes x 1 processes" in done.stdout
     assert "data/example_chat.jsonl" in done.stdout
     assert "prepare      done" in done.stdout
     (run_id,) = [p.name for p in (folder / "client" / "runs").iterdir()]
