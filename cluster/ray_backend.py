@@ -34,6 +34,8 @@ class RayHandle:
     root: RootProcess
     status: JobStatus | None = None
     """Set once, when terminal."""
+    is_running: bool = False
+    """A rank has started."""
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -84,10 +86,13 @@ class RayBackend:
         if handle.status is not None:
             return handle.status
         code = handle.root.poll()
-        if code is None:
-            return JobStatus(JobState.RUNNING, None, None)
-        exits = logs.read_exits(handle.job.log_dir) or {-1: code}
         log_dir = handle.job.log_dir
+        if code is None:
+            handle.is_running = handle.is_running or any(Path(log_dir).glob("rank_*.log"))
+            return JobStatus(JobState.RUNNING if handle.is_running else JobState.PENDING, None, None)
+        exits = logs.read_exits(log_dir)
+        if not any(exits.values()):
+            exits = {-1: code}  # whatever ended the driver, it was none of these
         agent_log = logs.tail(Path(log_dir) / logs.AGENT_LOG, _AGENT_LOG_LINES)
         handle.status = job_status(code, exits, agent_log, handle.root.stop_requested, log_dir)
         ray_local.sweep()

@@ -29,10 +29,12 @@ from .outcome import job_status
 from .ray_nodes import alive_nodes, lost_nodes
 from .ray_placement import RayNode
 from .ray_report import forget_missing
+from .ray_room import NodesMissing, no_room, show_waiting, wait_for_room
 
 GROUP_TIMEOUT_S = 600
 """Limit of each step that the watchers of all ranks take together; they take one a second."""
-WAIT_LINE_S = 5.0
+SHARED_DISK_S = 90.0
+"""Until a file of another node shows: NFS keeps for up to a minute that there is none."""
 _POLL_S = 0.1
 _DISCONNECT_S = 3.0
 _SETTINGS = {
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
             return _run(job, stop)
     except ClusterError as e:
-        return _fail(job, -1, "user" if e.exit_code == EXIT_USER else "retry", e.message, e.hint, e.exit_code)
+        return _fail(job, -1, _kind(e), e.message, e.hint, e.exit_code)
     finally:
         (Path(job.log_dir) / logs.WAITING).unlink(missing_ok=True)
 
@@ -73,9 +75,10 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
     nodes = alive_nodes()
 
     def fit() -> None:
+        nonlocal nodes
         try:
-            _require_room(job, nodes)
-            threading.Thread(target=_show_waiting, args=(job,), daemon=True).start()
+            nodes = wait_for_room(job)
+            threading.Thread(target=show_waiting, args=(job, lambda: _has_started(job)), daemon=True).start()
             if job.num_processes == 1 and job.report is None:
                 _run_alone(job)
             else:
@@ -96,8 +99,23 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
         return EXIT_STOPPED
     if errors:
         return _ended(job, errors[0], nodes)
-    exits = logs.read_exits(job.log_dir)
+    exits = _all_exits(job)
     return job_status(max(exits.values(), default=0), exits, "", False, job.log_dir).exit_code or 0
+
+
+def _all_exits(job: JobSpec) -> dict[int, int]:
+    """rank -> exit code, of all ranks. Other nodes wrote them, and a shared disk may show that late. Raises ClusterError."""
+    deadline = time.monotonic() + SHARED_DISK_S
+    while len(exits := logs.read_exits(job.log_dir)) < job.num_processes:
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(job.num_processes)) - exits.keys())
+            raise ClusterError(
+                f"how rank {', '.join(map(str, missing))} ended is not known: {job.log_dir} does not show it",
+                "Is it the same folder on all nodes? What was saved is whole: launch runs resume RUN",
+                EXIT_RETRY,
+            )
+        time.sleep(_POLL_S)
+    return exits
 
 
 @contextlib.contextmanager
@@ -114,16 +132,7 @@ def _ray(job: JobSpec) -> Iterator[None]:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = (
             "1"  # the run, its workers and their logs on the cluster's dashboard
         )
-        import ray
-
-        try:
-            ray.init(address=job.ray.address, **options)
-        except ConnectionError as e:
-            raise ClusterError(
-                f"no Ray cluster answers at {job.ray.address}: {e}",
-                "Check ray status there, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here.",
-                EXIT_RETRY,
-            ) from None
+        _init(f"the Ray cluster at {job.ray.address} cannot be joined", address=job.ray.address, **options)
         try:
             yield
         finally:
@@ -133,9 +142,8 @@ def _ray(job: JobSpec) -> Iterator[None]:
     with ray_local.local_folder() as folder:
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(ray_local.local_env(ray_local.write_token(folder)))
-        import ray  # reads them when it is imported
-
-        ray.init(
+        _init(  # imports ray, which reads them then
+            "a Ray of our own does not start",
             address="local",
             num_cpus=job.num_processes * job.ray.cpus_per_process,
             num_gpus=job.num_processes * job.ray.gpus_per_process,
@@ -152,6 +160,40 @@ def _ray(job: JobSpec) -> Iterator[None]:
     guard.stdin.close()
 
 
+def _init(problem: str, **options: Any) -> None:
+    """ray.init, in a thread: in the main one it takes SIGTERM for itself at once, and ends the process by it. Raises ClusterError.
+
+    The thread stays: processes of a Ray of our own end with the thread that started them.
+    """
+    errors: list[Exception] = []
+    is_done = threading.Event()
+
+    def init() -> None:
+        try:
+            import ray
+
+            ray.init(**options)
+        except Exception as e:  # raised again below
+            errors.append(e)
+        is_done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=init, name="ray.init", daemon=True).start()
+    is_done.wait()
+    if not errors:
+        return
+    from ray.exceptions import AuthenticationError, RayError
+
+    error = errors[0]
+    if not isinstance(error, (ConnectionError, RuntimeError, TimeoutError, RayError)):
+        raise error
+    raise ClusterError(
+        f"{problem}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+        "Check ray status there, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here.",
+        EXIT_USER if isinstance(error, AuthenticationError) else EXIT_RETRY,
+    ) from error
+
+
 def _disconnect() -> None:
     """ray.shutdown, which waits for a minute where Ray has died. This process ends next, and with it all that is left."""
     import ray
@@ -159,16 +201,6 @@ def _disconnect() -> None:
     thread = threading.Thread(target=ray.shutdown, daemon=True)
     thread.start()
     thread.join(_DISCONNECT_S)
-
-
-def _require_room(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
-    """Raises ClusterError for what can never fit."""
-    if ray_placement.choose_nodes(nodes, job, free=False) is None:
-        raise ClusterError(
-            f"this job can never start here: wanted {ray_placement.wanted(job)}, and the nodes are\n"
-            f"{ray_placement.table(nodes)}",
-            "Ask for less (--gpus free:N or --cpu N, which count per node; --nodes), or add nodes.",
-        )
 
 
 def _run_alone(job: JobSpec) -> None:
@@ -186,7 +218,7 @@ def _run_alone(job: JobSpec) -> None:
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
     try:
         if not group.wait(job.meeting.wait_s):
-            raise _no_room(job)
+            raise no_room(job)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(ray_worker.run_alone)
         ray.get(task.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote(_config(job)))
     except RayTaskError as e:
@@ -199,11 +231,6 @@ def _config(job: JobSpec) -> dict[str, Any]:
     """What a worker has to know."""
     tag = os.environ.get(processes.TAG_VARIABLE, "")
     return {"job": dataclasses.asdict(job), "travelling": travelling(os.environ), "tag": tag}
-
-
-def _no_room(job: JobSpec) -> ClusterError:
-    text = f"{ray_placement.shortage(alive_nodes(), job)} for {job.meeting.wait_s:g} s"
-    return ClusterError(text, "Wait until others end, ask for less, or raise cluster.wait_s.", EXIT_RETRY)
 
 
 def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
@@ -232,10 +259,7 @@ def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    try:
-        trainer.fit()
-    finally:
-        forget_missing(folder, ray.__version__)
+    trainer.fit()
 
 
 def _scaling(job: JobSpec, placement: ray_placement.Placement) -> Any:
@@ -255,33 +279,6 @@ def _scaling(job: JobSpec, placement: ray_placement.Placement) -> Any:
     )
 
 
-def _show_waiting(job: JobSpec) -> None:
-    """While no worker has started and the cluster has no room: says what is missing, in agent.log and for the terminal."""
-    assert job.ray is not None
-    path, began, shown = Path(job.log_dir) / logs.WAITING, time.monotonic(), 0.0
-    try:
-        while not _has_started(job):
-            waited_s = time.monotonic() - began
-            nodes = alive_nodes()
-            if _is_pending(job) and ray_placement.choose_nodes(nodes, job, free=True) is None:
-                text = f"waiting for {waited_s:.0f} of {job.meeting.wait_s:g} s: {ray_placement.shortage(nodes, job)}"
-                path.write_text(text + "\n", encoding="utf-8")
-                if waited_s - shown >= WAIT_LINE_S or not shown:
-                    print(text, flush=True)
-                    shown = max(waited_s, _POLL_S)
-            time.sleep(1.0)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _is_pending(job: JobSpec) -> bool:
-    """Whether a group of places like this job's is asked for and not given: then what is free does not count its own."""
-    from ray.util import placement_group_table
-
-    groups = placement_group_table().values()
-    return any(g["state"] in ("PENDING", "RESCHEDULING") and len(g["bundles"]) == job.num_processes for g in groups)
-
-
 def _has_started(job: JobSpec) -> bool:
     return any(Path(job.log_dir).glob("rank_*.log"))
 
@@ -293,38 +290,50 @@ def _ended(job: JobSpec, error: Exception, nodes: tuple[RayNode, ...]) -> int:
     traceback.print_exception(error)
     exits = logs.read_exits(job.log_dir)
     _tell_what_ray_knows(job, error, exits, nodes)
-    return job_status(EXIT_BUG, exits or {-1: EXIT_BUG}, "", False, job.log_dir).exit_code or EXIT_BUG
+    exits = exits if any(exits.values()) else {-1: EXIT_BUG}
+    return job_status(EXIT_BUG, exits, "", False, job.log_dir).exit_code or EXIT_BUG
 
 
 def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int], nodes: tuple[RayNode, ...]) -> None:
     """`nodes`: those that lived when the job began."""
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     assert job.ray is not None
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(cause, WorkerGroupStartupTimeoutError):
-        raise _no_room(job)
+        raise no_room(job)
     if isinstance(error, WorkerGroupError):
         silent = {rank: e for rank, e in error.worker_failures.items() if exits.get(rank, 0) == 0}
         for failure in silent.values():
             base = getattr(failure, "_base_exc", failure)
             if isinstance(base, ClusterError):
-                kind = "user" if base.exit_code == EXIT_USER else "retry"
-                _fail(job, -1, kind, base.message, base.hint, base.exit_code)
+                _fail(job, -1, _kind(base), base.message, base.hint, base.exit_code)
                 return
         if silent:
-            rank, failure = min(silent.items())
+            # Those that died go before those that only lost their connection to them.
+            died = {rank: e for rank, e in silent.items() if isinstance(e, (WorkerHealthCheckFailedError, RayError))}
+            rank, failure = min((died or silent).items())
             gone = ", ".join(lost_nodes(nodes))
             message = f"rank {rank} was lost with the node {gone}" if gone else f"rank {rank} was lost: {_why(failure)}"
             _fail(job, rank, "node_lost" if gone else "retry", message, _LOST_HINT, EXIT_RETRY)
     elif isinstance(error, PreemptionError):
         _fail(job, -1, "preempted", "Ray takes a node of this job away (preemption)", _LOST_HINT, EXIT_RETRY)
-    elif not exits:
+    elif not any(exits.values()):
+        if gone := ", ".join(lost_nodes(nodes)):
+            _fail(job, -1, "node_lost", f"lost with the node {gone}: {cause}", _LOST_HINT, EXIT_RETRY)
+            return
         known = explain(str(cause))
         kind, hint = (known.kind, known.hint) if known else ("retry", _LOST_HINT)
         lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         _fail(job, -1, kind, f"Ray ended the job: {lines[-1].strip()}", hint, _EXIT_CODES[kind])
+
+
+def _kind(error: ClusterError) -> str:
+    if isinstance(error, NodesMissing):
+        return "node_lost"
+    return "user" if error.exit_code == EXIT_USER else "retry"
 
 
 _EXIT_CODES = {"user": EXIT_USER, "retry": EXIT_RETRY, "bug": EXIT_BUG}

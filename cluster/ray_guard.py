@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
     tag, deadline = os.environ.get(processes.TAG_VARIABLE, ""), time.monotonic() + _KILL_S
     while time.monotonic() < deadline:
         left = {*(p for p in seen if processes.is_alive(p)), *(processes.tagged(tag) if tag else ())}
-        left = {p for p in left if p.pid != os.getpid()}
+        # The driver may have closed the pipe to say that all is well, and be about to end by itself.
+        left = {p for p in left if p.pid not in (os.getpid(), driver)}
         if not left:
             break
         for process in left:

@@ -208,7 +208,7 @@ class RayJobs:
         if status == 403:
             source = f"from {self._token.source}" if self._token else "(none)"
             raise ClusterError(f"{self.address} refuses the token {source} (403)", HOW_TO_GET_ONE)
-        if status >= 500:
+        if status >= 500 or status in (408, 429):
             raise ClusterError(
                 f"{self.address} failed ({status}): {self._said(body)}", "Try again later.", exit_code=EXIT_RETRY
             )
@@ -217,8 +217,8 @@ class RayJobs:
     def _said(self, body: bytes) -> str:
         """The last line of an answer: of a traceback, the one that says what happened. Never the token."""
         lines = [line.strip() for line in body.decode("utf-8", errors="replace").splitlines() if line.strip()]
-        text = re.sub(r"<[^>]*>", "", lines[-1])[:300] if lines else "nothing"
-        return text.replace(self._token.value, "***") if self._token else text
+        text = re.sub(r"<[^>]*>", "", lines[-1]) if lines else "nothing"
+        return (text.replace(self._token.value, "***") if self._token else text)[:300]
 
     def _request(
         self,
@@ -272,7 +272,8 @@ class RayJobs:
                 f"the certificate of {self.address} is not trusted: {e.verify_message}",
                 "Give the file of the authority that signed it: --ca FILE",
             )
-        if isinstance(e, ssl.SSLError):
+        broke_off = isinstance(e, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+        if isinstance(e, ssl.SSLError) and not broke_off:
             return ClusterError(f"{self.address} does not speak https ({e.reason})", "Is it http?")
         if isinstance(e, socket.gaierror):
             return ClusterError(
@@ -283,7 +284,7 @@ class RayJobs:
             return ClusterError(
                 f"{self.address} {what}", "--timeout-s of launch submit raises the limit.", exit_code=EXIT_RETRY
             )
-        if isinstance(e, OSError) and e.strerror:
+        if isinstance(e, OSError) and e.strerror and not broke_off:
             return ClusterError(
                 f"{self.address} cannot be reached: {e.strerror}",
                 "Is the cluster up, and its dashboard listening there (ray start --head --dashboard-host ...)?",
@@ -305,7 +306,7 @@ def _limit(connection: http.client.HTTPConnection, deadline: float) -> None:
 
 def _send(connection: http.client.HTTPConnection, body: bytes | IO[bytes], deadline: float) -> None:
     # A server that refuses a body early answers and hangs up: the answer is then worth more than the error of sending.
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
         if isinstance(body, bytes):
             connection.send(body)
             return
@@ -320,6 +321,9 @@ def _read(response: http.client.HTTPResponse, connection: http.client.HTTPConnec
         _limit(connection, deadline)
         block = response.read1(_BLOCK_BYTES)
         if not block:
+            expected = response.headers.get("Content-Length", "")
+            if expected.isdigit() and len(answer) < int(expected):  # read1 does not say so itself
+                raise http.client.IncompleteRead(bytes(answer), int(expected) - len(answer))
             return bytes(answer)
         answer += block
 

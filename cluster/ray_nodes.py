@@ -48,7 +48,7 @@ def find_cluster(env: Mapping[str, str]) -> str:
     if address and address != "auto":
         return address
     file = Path(env.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
-    found = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    found = _written_by_ray(file)
     if _answers(found):
         return found
     if address:
@@ -56,6 +56,16 @@ def find_cluster(env: Mapping[str, str]) -> str:
             "RAY_ADDRESS=auto, and no Ray runs on this host", "Start it (ray start), or unset RAY_ADDRESS."
         )
     return ""
+
+
+def _written_by_ray(file: Path) -> str:
+    """The address in it. Another user's file is not taken: a cluster runs code as who joins it, and gets the token."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            is_ours = os.fstat(f.fileno()).st_uid in (os.getuid(), 0)
+            return f.read(256).strip() if is_ours else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _answers(address: str) -> bool:
@@ -117,9 +127,9 @@ def ask_nodes(address: str) -> list[dict[str, Any]]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as e:
+    except (ConnectionError, RuntimeError, RayError) as e:
         raise ClusterError(
-            f"cannot join the Ray cluster at {address}: {str(e).strip().splitlines()[0]}",
+            f"cannot join the Ray cluster at {address}: {(str(e).strip() or type(e).__name__).splitlines()[0]}",
             "Check ray status, and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds the cluster's token. "
             "RAY_ADDRESS=local starts a Ray of its own instead.",
         ) from None
@@ -135,7 +145,7 @@ def ask_nodes(address: str) -> list[dict[str, Any]]:
             told.append({"ray": dataclasses.asdict(node), "inventory": ray.get(answer, timeout=ASK_S)})
         except RayError as e:
             raise ClusterError(
-                f"the node {node.address} does not say what it has: {str(e).strip().splitlines()[-1]}",
+                f"the node {node.address} does not say what it has: {(str(e).strip() or type(e).__name__).splitlines()[-1]}",
                 "tunelaunch must be installed on every node, in the environment in which Ray was started.",
             ) from None
     return told

@@ -97,6 +97,8 @@ def shortage(nodes: Sequence[RayNode], job: JobSpec) -> str:
     free_gpus, free_cpus = sum(n.free_gpus for n in nodes), sum(n.free_cpus for n in nodes)
     lacking = _amount(max(0.0, gpus - free_gpus), max(0.0, cpus - free_cpus))
     missing = lacking or "room on one node: what is free lies on several" if len(shares(job)) == 1 else lacking
+    if nodes and (gone := len(shares(job)) - len(nodes)) > 0:
+        missing = f"{gone} of {len(shares(job))} nodes"
     return (
         f"wanted {wanted(job)}, the cluster has {_amount(free_gpus, free_cpus) or 'nothing'} free of "
         f"{_amount(sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)) or 'nothing'}; "

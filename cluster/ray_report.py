@@ -52,13 +52,18 @@ def forget_missing(folder: Path, ray_version: str) -> None:
     """Take checkpoints that no longer exist from Ray's list in `folder`.
 
     Ray is told to keep every checkpoint, because it deletes what it does not keep; ours deletes the oldest itself. With
-    a missing one in its list Ray neither restores the run nor starts it again, and neither with a list of another version.
+    a missing one in its list Ray neither restores the run nor starts it again, and neither with a list of another version
+    or one that was cut short. Nothing of ours is in it: it may always go.
     """
     path = folder / SNAPSHOT
     if not path.is_file():
         return
-    state = json.loads(path.read_text(encoding="utf-8"))
-    if state.get("ray_version") != ray_version:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        is_known = state["ray_version"] == ray_version
+    except (ValueError, KeyError, TypeError):  # Ray writes it in place: a kill leaves half of it
+        is_known = False
+    if not is_known:
         path.unlink()
         return
     pairs = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import logs, processes
 from .environment import job_env
-from .failure import EXIT_STOPPED
+from .failure import EXIT_RETRY, EXIT_STOPPED
 from .job import ClusterError, JobSpec
 from .processes import ProcessIdentity
 from .ray_report import Reporter
@@ -68,11 +68,23 @@ def train(config: dict[str, Any]) -> None:
 def run_alone(config: dict[str, Any]) -> None:
     """The same for a job of one process, as a task. Raises WorkerEnded or ClusterError when it fails."""
     job = JobSpec.from_dict(config["job"])
-    env = worker_env(job, os.environ, config["travelling"], {})
+    env = worker_env(job, {**os.environ, **_granted(job)}, config["travelling"], {})
     watcher = Watcher(job, 0, _start(job, 0, {**env, processes.TAG_VARIABLE: config["tag"]}))
     watcher.run()
     if watcher.code not in (0, EXIT_STOPPED):
         raise WorkerEnded(f"rank 0 ended with exit code {watcher.code}")
+
+
+def _granted(job: JobSpec) -> dict[str, str]:
+    """The devices of this task, also on nodes where Ray was told to leave CUDA_VISIBLE_DEVICES alone. Raises ClusterError without any."""
+    import ray
+
+    if job.ray is None or not job.ray.gpus_per_process:
+        return {}
+    ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    if not ids:
+        raise ClusterError(f"Ray names no GPU for this task on {socket.gethostname()}", "Check ray status.", EXIT_RETRY)
+    return {"CUDA_VISIBLE_DEVICES": ",".join(ids)}
 
 
 def worker_env(
@@ -166,8 +178,10 @@ class Watcher(threading.Thread):
             elif asked_at and time.monotonic() - asked_at > GRACEFUL_S:
                 self._signal(signal.SIGKILL)
             time.sleep(WATCH_S)
-        logs.write_exit(self.job.log_dir, self.rank, code)
-        self.code = code
+        try:
+            logs.write_exit(self.job.log_dir, self.rank, code)
+        finally:  # a full disk: the ranks must not wait for each other for ever
+            self.code = code
 
     def _signal(self, signum: int) -> None:
         identity = ProcessIdentity.of(self.process.pid)

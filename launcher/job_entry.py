@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -31,6 +32,8 @@ from .start import Request, start
 from .submission import STATUS_MARK
 from .submit import own_version
 
+B_ENDS_S = 30.0
+"""From B's exit code to its end."""
 ALONE_S = 60.0
 """How long B goes on saving once A has been killed."""
 STATUS_POLL_S = 0.5
@@ -114,7 +117,7 @@ def _print_status(run: RunDir, error: dict[str, Any]) -> None:
     """One line for programs. `error`: why the launcher itself ended, where the run has no failure of its own."""
     status = read_json(run.status) if run.status.is_file() else {}
     failure = status.get("failure")
-    if error and not failure:
+    if error:  # a failure in the folder is then another run's, or the same
         failure = {"rank": -1, "kind": "user", "traceback": "", "log_file": "the job's log", **error}
     if failure:
         kept = failure["traceback"].splitlines()[-TRACEBACK_LINES:]
@@ -134,6 +137,9 @@ def _split() -> tuple[int, int] | int:
         os.close(result_read)
         os.close(life_write)
         launcher = os.fork()
+        if not launcher:
+            # Out of A's group, which Ray kills as soon as its own supervisor has gone. B ends by A's end, with a checkpoint.
+            os.setsid()
         if launcher:
             os.write(result_write, launcher.to_bytes(8, "big"))
             os._exit(0)
@@ -147,7 +153,9 @@ def _split() -> tuple[int, int] | int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: _pass_on(launcher))
     told = os.read(result_read, 16)
-    if not told:
+    if told:  # B may still have to say why
+        select.select([result_read], [], [], B_ENDS_S)
+    else:
         print(f"the launcher (pid {launcher}) was killed", file=sys.stderr)
     sys.stdout.flush()
     return int(told) if told else EXIT_RETRY

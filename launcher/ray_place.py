@@ -15,7 +15,7 @@ from cluster.ray_nodes import ClusterNode, find_cluster, nodes_from_json
 from cluster.ray_placement import choose_nodes, cpus_of_process, cpus_reason, place, table, wanted
 
 from .errors import LaunchError
-from .where import Flags, Where, on_this_host
+from .where import BY_NUMBER, Flags, Where, on_this_host
 
 ASK_TIMEOUT_S = 120
 
@@ -96,7 +96,7 @@ def _per_node(flags: Flags, address: str, nodes: tuple[ClusterNode, ...]) -> tup
     """(processes per node, whether each has a GPU)."""
     if flags.cpu is not None:
         return flags.cpu, False
-    match = re.fullmatch(r"free:([1-9]\d{0,3})", (flags.gpus or "").strip())
+    match = re.fullmatch(BY_NUMBER, (flags.gpus or "").strip())
     if match:
         return int(match[1]), True
     has = table([n.ray for n in nodes])

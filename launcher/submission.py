@@ -11,13 +11,16 @@ from typing import Any
 from cluster.job import ClusterError
 from cluster.ray_jobs import RayJob, RayJobs, parse_address, require_private
 from cluster.ray_token import HOW_TO_GET_ONE, read_token
-from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY
+from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER
 
 from .run_dir import RunDir, read_json, write_atomic, write_json
 from .status import FAILED, STOPPED, SUCCEEDED
 
 SUBMITTING, PENDING, UNKNOWN = "submitting", "pending", "unknown"
 ENDED = (SUCCEEDED, FAILED, STOPPED)
+LOG_WAIT_S = 600.0
+"""A log that cannot be had is asked for again for so long after the end."""
+NO_TUNELAUNCH = "No module named launcher"
 STATUS_MARK = "tunelaunch-status "
 """At the beginning of a line, in what a submitted run's launcher prints: the run's status follows, as JSON."""
 
@@ -76,8 +79,12 @@ class Observation:
             return EXIT_OK
         if self.state == STOPPED:
             return EXIT_INTERRUPTED
-        code = self.submission.exit_code
-        return code if code in (2, 70, 75) else EXIT_RETRY
+        s = self.submission
+        if code := (s.status.get("failure") or {}).get("exit_code"):
+            return code
+        if s.exit_code in (126, 127) or (s.exit_code == 1 and NO_TUNELAUNCH in s.message):
+            return EXIT_USER
+        return s.exit_code if s.exit_code in (2, 70, 75) else EXIT_RETRY
 
 
 def read_submission(run: RunDir) -> Submission:
@@ -118,33 +125,38 @@ def observe(run: RunDir, client: RayJobs | None = None) -> Observation:
     return note(run, submission, job, log)
 
 
-def ask(client: RayJobs, run_id: str) -> tuple[RayJob | None, str]:
+def ask(client: RayJobs, run_id: str) -> tuple[RayJob | None, str | None]:
     """The job, then its log: in this order the log of a job that is over is whole."""
     job = client.job(run_id)
     return job, "" if job is None else log_of(client, run_id, job)
 
 
-def log_of(client: RayJobs, run_id: str, job: RayJob) -> str:
-    """What the job has printed. "" where the log of an ended one is gone with its node."""
+def log_of(client: RayJobs, run_id: str, job: RayJob) -> str | None:
+    """What the job has printed. None where the log of an ended one cannot be had, now or for ever: it lies on the job's node."""
     if job.state == PENDING:
         return ""
     try:
         return client.logs(run_id)
     except ClusterError:
         if job.state in ENDED:
-            return ""
+            return None
         raise
 
 
-def note(run: RunDir, submission: Submission, job: RayJob | None, log: str) -> Observation:
-    """Keep what the cluster says in the record, and the log of a run that has ended."""
+def note(run: RunDir, submission: Submission, job: RayJob | None, log: str | None) -> Observation:
+    """Keep what the cluster says in the record, and the log of a run that has ended: that is the last time it is asked.
+
+    `log`: see `log_of`. Without it the end is not kept yet, unless it was long ago.
+    """
+    stored = read_submission(run)
+    if stored.state in ENDED:
+        return Observation(stored, stored.state)  # by another command, while this one asked
     if job is None:
         never = submission.state == SUBMITTING
         why = "it was never accepted" if never else "the cluster was restarted, or the job deleted"
         return Observation(submission, UNKNOWN, f"{submission.address} knows no such job: {why}")
-    status = last_status(log) or submission.status
-    # A run that was asked to stop on the cluster itself ends its job with 130, which Ray counts as a failure.
-    state = STOPPED if job.state == FAILED and job.exit_code == EXIT_INTERRUPTED else job.state
+    status = last_status(log or "") or submission.status
+    state = _ended_as(job, status)
     new = replace(
         submission,
         state=state,
@@ -155,10 +167,21 @@ def note(run: RunDir, submission: Submission, job: RayJob | None, log: str) -> O
         status=status,
     )
     if state in ENDED:
-        write_atomic(run.job_log, log)
+        if log is None and time.time() - (job.ended or 0.0) < LOG_WAIT_S:
+            return Observation(new, state)
+        write_atomic(run.job_log, log or "")
     if replace(new, seen=submission.seen) != submission:
         write_submission(run, new)
     return Observation(new, state)
+
+
+def _ended_as(job: RayJob, status: dict[str, Any]) -> str:
+    """Ray counts a run that was stopped on the cluster itself (130) as failed, and whatever ended after a stop as stopped."""
+    if job.state == FAILED and job.exit_code == EXIT_INTERRUPTED:
+        return STOPPED
+    if job.state == STOPPED and status.get("state") in (FAILED, SUCCEEDED):
+        return status["state"]
+    return job.state
 
 
 def last_status(log: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .recipe_library import find
 from .run_dir import RunDir, new_run_id
 from .start import runs_dir
 from .submission import PENDING, Submission, connect, write_submission
+from .where import BY_NUMBER
 
 STOP_WAIT_S = 600
 """How long Ray waits after SIGTERM for the last checkpoint, before it kills; its own default is 3."""
@@ -58,6 +59,8 @@ def submit(request: SubmitRequest, dry_run: bool, follow: bool) -> int:
     shared = tuple(Path(os.path.normpath(folder)) for folder in request.shared)
     if bad := [str(folder) for folder in shared if not folder.is_absolute()]:
         raise LaunchError(f"--shared {bad[0]}: is not an absolute path", "Give it as the cluster sees it.")
+    if request.backend == "ray" and not request.debug:
+        _require_amounts(request.gpus, request.cpu)
     limit_bytes = upload.parse_size(request.upload_limit)
     loaded = load_recipe(find(request.recipe), request.sets, shared)
     run_dir = remote_run_dir(request.run_dir, loaded.recipe.run.dir, new_run_id(loaded.name))
@@ -96,6 +99,17 @@ def submit(request: SubmitRequest, dry_run: bool, follow: bool) -> int:
     )
     _start(client, run, submission, command, env)
     return _say(run, submission, follow)
+
+
+def _require_amounts(gpus: str | None, cpu: int | None) -> None:
+    """Raises LaunchError for what every cluster refuses (ray_place.py), before anything is sent."""
+    if cpu is None and not re.fullmatch(BY_NUMBER, (gpus or "").strip()):
+        raise LaunchError(
+            f"--gpus {gpus}: Ray gives devices away by number and cannot promise these"
+            if gpus
+            else "how many devices?",
+            "For each node: --gpus free:N or --cpu N; on several: --nodes M.",
+        )
 
 
 def remote_run_dir(given: str | None, run_parent: str, run_id: str) -> str:
@@ -163,6 +177,10 @@ def _send(client: RayJobs, package: upload.Package) -> None:
 
 def _start(client: RayJobs, run: RunDir, submission: Submission, command: str, env: Mapping[str, str]) -> None:
     """The record is written first: a job that the cluster has accepted is never one that nothing here knows of."""
+    if client.job(run.run_id) is not None:
+        raise LaunchError(
+            f"{submission.address} has a job {run.run_id} already", "Choose another last part of --run-dir."
+        )
     run.create()
     write_submission(run, submission)
     variables = {**env, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
@@ -170,11 +188,11 @@ def _start(client: RayJobs, run: RunDir, submission: Submission, command: str, e
     try:
         client.submit(run.run_id, command, runtime_env, {"tunelaunch": own_version()})
     except ClusterError as e:
-        if e.exit_code != EXIT_RETRY:
-            run.submission.unlink()
-            run.root.rmdir()
-            raise
         if not _is_there(client, run.run_id):
+            if e.exit_code != EXIT_RETRY:
+                run.submission.unlink()
+                run.root.rmdir()
+                raise
             hint = (
                 f"{e.hint}\nIt may have been accepted all the same; see: launch runs show {shlex.quote(str(run.root))}"
             )

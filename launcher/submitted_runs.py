@@ -17,6 +17,7 @@ from .errors import LaunchError
 from .run_dir import RunDir
 from .submission import (
     ENDED,
+    NO_TUNELAUNCH,
     UNKNOWN,
     Observation,
     Submission,
@@ -104,7 +105,7 @@ def first_cause(seen: Observation) -> str:
         return failure_text(failure) + " (on the cluster)"
     other = "the tunelaunch of the cluster is of another version: it takes no submitted runs"
     for code, sign, cause in (
-        (1, "No module named launcher", "the Python of the cluster has no tunelaunch"),
+        (1, NO_TUNELAUNCH, "the Python of the cluster has no tunelaunch"),
         (2, "No such command '_submitted'", other),
         (127, "", "the cluster has no such Python"),
     ):
@@ -136,7 +137,7 @@ def watch(run: RunDir) -> int:
     try:
         seen = observe(run)
         if seen.is_over:
-            print(visible(run.job_log.read_text(encoding="utf-8")), end="")
+            print(visible(_kept_log(run)), end="")
         else:
             seen = _follow(run, client_of(s), "")
     except KeyboardInterrupt:
@@ -144,11 +145,16 @@ def watch(run: RunDir) -> int:
         return EXIT_INTERRUPTED
     print(f"\n{run.run_id} {seen.state}", file=sys.stderr)
     text = first_cause(seen)
-    if text and text.splitlines()[0] not in run.job_log.read_text(encoding="utf-8"):
+    if text and text.splitlines()[0] not in _kept_log(run):
         print(text, file=sys.stderr)
     if seen.state == "stopped":
         print(f"continue, on the cluster: launch runs resume {_remote_folder(seen.submission)}", file=sys.stderr)
     return seen.exit_code
+
+
+def _kept_log(run: RunDir) -> str:
+    """ "" where the run's end is known, and its log could not be had so far."""
+    return run.job_log.read_text(encoding="utf-8") if run.job_log.is_file() else ""
 
 
 def _follow(run: RunDir, client: RayJobs, shown: str) -> Observation:
@@ -164,6 +170,7 @@ def _follow(run: RunDir, client: RayJobs, shown: str) -> Observation:
             continue
         lost_since = None
         seen = note(run, read_submission(run), job, log)
+        log = shown if log is None else log
         new = log[len(shown) :] if log.startswith(shown) else log
         if not seen.is_over:
             new = new[: new.rfind("\n") + 1]  # a line that is still being written comes with the next answer

@@ -215,14 +215,17 @@ class Supervisor:
                 raise
             # What made the last attempt fail may not be over yet.
             return _failed(Failure(-1, "retry", e.message, e.hint, "", e.exit_code, job.log_dir))
-        self.current = (job, handle)
+        self.current, self.state = (job, handle), JobState.RUNNING
         if self.signals:
             self._stop_current()  # the signal came while the job was being started
         watch = self._watch(job)
         try:
             while not (status := self.backend.poll(handle)).state.is_terminal:
                 self.watcher.tick(job)
+                self.state = status.state
                 self._note_reachable(status.state)
+                if job.name == "train" and status.state is JobState.PENDING and self.run.stop_request.exists():
+                    self.backend.stop(handle)  # there is no rank yet that could read it
                 if watch is not None and (hang := watch.look(status.state)):
                     return _failed(hang)
                 time.sleep(POLL_S)
@@ -274,7 +277,7 @@ class Supervisor:
         if len(self.signals) > 1:
             self.watcher.note("killing the workers")
             self.backend.kill(handle)
-        elif job.name == "train":
+        elif job.name == "train" and self.state is not JobState.PENDING:
             self.run.stop_request.touch()
             self.watcher.note("stopping after the next step, with a checkpoint; once more to kill")
         else:

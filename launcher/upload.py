@@ -23,7 +23,9 @@ _MODEL_FILES = (
     "tekken.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "*.tiktoken",
 )  # fmt: skip
-_NEVER = re.compile(r"(^|/)(\.env[^/]*|\.git|\.ssh|\.aws|\.ray|checkpoints/step_\d+)(/|$)")
+_NEVER = re.compile(
+    r"(^|/)(\.env[^/]*|\.git|\.ssh|\.aws|\.ray|\.netrc|\.kube|\.docker|\.config/gcloud|huggingface/(token|stored_tokens)|id_[a-z0-9]+|[^/]*\.pem|checkpoints/step_\d+)(/|$)"
+)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 NUM_OFFENDERS = 5
 

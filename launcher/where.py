@@ -27,6 +27,8 @@ COMPARED_PACKAGES = (
     "nvidia-nccl-cu13",
 )
 """Hosts of one run must have the same versions of these."""
+BY_NUMBER = r"free:([1-9]\d{0,3})"
+"""What --gpus may be where Ray chooses the devices: how many of each node."""
 
 
 @dataclass(frozen=True)

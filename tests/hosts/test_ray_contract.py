@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 from contract.test_backends import HERE, TestEveryBackend, finish, job, members, read, run  # noqa: F401  # all of that class runs here
+from support.commands import wait_until
 from support.ray_nodes import RayNodes, ray_nodes
 
+from cluster import logs
 from cluster.job import JobSpec, JobState, Meeting, NodeShare, RayRequest
 from cluster.processes import is_alive
 from cluster.registry import load
@@ -62,11 +65,40 @@ def test_a_job_that_finds_no_room_says_what_is_missing(backend: Joined, job: Mak
     assert not any(is_alive(p) for p in waiting[:1])
 
 
-def test_what_can_never_fit_is_refused_at_once(backend: Joined, job: Make) -> None:  # noqa: F811
-    share = (NodeShare("", 3, ()), NodeShare("", 3, ()))
-    status = run(backend, job("succeed", num_processes=6, nodes=share, ray=RayRequest(backend.address, 1, 0)))
-    assert (status.exit_code, status.failure.kind) == (2, "user")
-    assert "can never start here: wanted 6 CPU (2 nodes x 3 processes, each 1 CPU)" in status.failure.message
+def test_nodes_that_have_gone_since_the_plan_are_waited_for(backend: Joined, job: Make) -> None:  # noqa: F811
+    """What can never fit is refused by the plan: here a node has gone, which may come back, also for a later attempt."""
+    share = (NodeShare("", 1, ()), NodeShare("", 1, ()))
+    spec = job("succeed", num_processes=2, nodes=share, ray=RayRequest(backend.address, 1, 0))
+    handle = backend.start(replace(spec, meeting=Meeting(wait_s=4)))
+    seen = set()
+    while not (status := backend.poll(handle)).state.is_terminal:
+        seen.add((status.state, bool(logs.waiting_for(spec.log_dir))))
+        time.sleep(0.2)
+    assert seen == {(JobState.PENDING, False), (JobState.PENDING, True)}
+    assert (status.exit_code, status.failure.kind) == (75, "node_lost")
+    assert status.failure.message == (
+        "wanted 2 CPU (2 nodes x 1 processes, each 1 CPU), the cluster has 2 CPU free of 2 CPU; missing 1 of 2 nodes for 4 s"
+    )
+
+
+def test_a_job_that_waits_for_room_is_stopped_at_once(backend: Joined, job: Make) -> None:  # noqa: F811
+    share = (NodeShare("", 1, ()), NodeShare("", 1, ()))
+    spec = job("succeed", num_processes=2, nodes=share, ray=RayRequest(backend.address, 1, 0))
+    handle = backend.start(spec)
+    wait_until(lambda: bool(logs.waiting_for(spec.log_dir)), 60, "waiting for room")
+    backend.stop(handle)
+    began = time.monotonic()
+    status = finish(backend, handle)
+    assert (status.state, status.exit_code) == (JobState.STOPPED, 130)
+    assert time.monotonic() - began < 10
+
+
+def test_a_signal_while_it_joins_ray_stops_it(backend: Joined, job: Make) -> None:  # noqa: F811
+    handle = backend.start(job("wait"))
+    time.sleep(1.5)
+    backend.stop(handle)
+    status = finish(backend, handle)
+    assert (status.state, status.exit_code, status.failure) == (JobState.STOPPED, 130, None)
 
 
 def test_a_wrong_token_is_said_as_such(backend: Joined, job: Make, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # noqa: F811

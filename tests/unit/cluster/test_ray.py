@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +93,13 @@ def test_ray_forgets_checkpoints_that_were_deleted(tmp_path: Path) -> None:
     forget_missing(tmp_path, "2.61.0")
 
 
+@pytest.mark.parametrize("left", ["", '{"ray_version": "2.60.0", "check', "[]", "{}"])
+def test_a_list_that_ray_was_killed_in_is_forgotten(tmp_path: Path, left: str) -> None:
+    (tmp_path / SNAPSHOT).write_text(left)
+    forget_missing(tmp_path, "2.60.0")
+    assert not (tmp_path / SNAPSHOT).exists()
+
+
 def test_the_token_and_the_folder_are_private_and_go(tmp_path: Path) -> None:
     with ray_local.local_folder() as folder:
         token = ray_local.write_token(folder)
@@ -114,7 +123,7 @@ def test_the_folder_of_a_killed_job_is_swept() -> None:
     assert not left.exists()
 
 
-def test_the_cluster_is_found_as_ray_finds_it(tmp_path: Path) -> None:
+def test_the_cluster_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"RAY_TMPDIR": str(tmp_path)}
     assert find_cluster(env) == ""
     (tmp_path / "ray").mkdir()
@@ -125,6 +134,9 @@ def test_the_cluster_is_found_as_ray_finds_it(tmp_path: Path) -> None:
         assert find_cluster({**env, "RAY_ADDRESS": "auto"}) == address
         assert find_cluster({**env, "RAY_ADDRESS": "local"}) == ""
         assert find_cluster({**env, "RAY_ADDRESS": "head:6379"}) == "head:6379"
+        with monkeypatch.context() as other:
+            other.setattr(os, "fstat", lambda fd: SimpleNamespace(st_uid=os.getuid() + 1))
+            assert find_cluster(env) == "", "another user wrote it"
     # The file outlives a cluster that was killed.
     assert find_cluster(env) == ""
     with pytest.raises(ClusterError, match="no Ray runs"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -83,7 +84,7 @@ def test_a_submission(cli: Cli, head: RayHead, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HF_ENDPOINT", "https://hf-mirror.com")
     monkeypatch.setenv("HF_TOKEN", "canary-hf")
     monkeypatch.setenv("SECRET_OF_MINE", "canary-other")
-    code, text = cli("submit", "q.yaml", "--ray", head.url, "--gpus", "2", "--set", "secrets=[HF_TOKEN]")
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--gpus", "free:2", "--set", "secrets=[HF_TOKEN]")
     assert code == 0, text
     (run_id,) = head.jobs
     job = head.jobs[run_id]
@@ -98,7 +99,7 @@ def test_a_submission(cli: Cli, head: RayHead, monkeypatch: pytest.MonkeyPatch) 
     }
     assert job["entrypoint"] == (
         f"exec python -P -m launcher _submitted q.yaml --run-dir '~/runs/{run_id}' --expects 0.1.0 "
-        f"--package {package} --backend ray --gpus 2"
+        f"--package {package} --backend ray --gpus free:2"
     )
     found = record(run_id)
     assert (found["run_id"], found["state"], found["run_dir"]) == (run_id, "pending", f"~/runs/{run_id}")
@@ -111,7 +112,7 @@ def test_a_submission(cli: Cli, head: RayHead, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_same_files_are_sent_once(cli: Cli, head: RayHead) -> None:
     for _ in range(2):
-        code, text = cli("submit", "q.yaml", "--ray", head.url)
+        code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1")
         assert code == 0
     assert "nothing is sent" in text
     assert [method for method, *_ in head.requests].count("PUT") == 1
@@ -119,7 +120,7 @@ def test_the_same_files_are_sent_once(cli: Cli, head: RayHead) -> None:
 
 
 def test_a_dry_run_asks_nobody(cli: Cli, head: RayHead) -> None:
-    code, text = cli("submit", "q.yaml", "--ray", head.url, "--dry-run")
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1", "--dry-run")
     assert code == 0
     assert "rows.jsonl" in text
     assert not head.requests
@@ -132,12 +133,15 @@ def test_a_dry_run_asks_nobody(cli: Cli, head: RayHead) -> None:
         (["--ray", "http://10.0.0.1:8265"], "plain http to another machine"),
         (["--upload-limit", "50"], "the limit is 50 B"),
         (["--run-dir", "runs/x"], "is a folder on the cluster"),
+        (["--gpus", "0,1"], "--gpus 0,1: Ray gives devices away by number"),
+        ([], "how many devices?"),
         (["--shared", "data"], "is not an absolute path"),
         (["--ca", "none.pem", "--ray", "https://localhost:1"], "no certificates can be read"),
     ],
 )
 def test_refusals_before_anything_is_sent(cli: Cli, head: RayHead, flags: list[str], said: str) -> None:
-    code, text = cli("submit", "q.yaml", "--ray", head.url, *flags)
+    amount = [] if not flags or "--gpus" in flags else ["--cpu", "1"]
+    code, text = cli("submit", "q.yaml", "--ray", head.url, *amount, *flags)
     assert (code, head.packages, head.jobs) == (2, {}, {})
     assert said in text
     assert not Path("runs").exists()
@@ -145,19 +149,19 @@ def test_refusals_before_anything_is_sent(cli: Cli, head: RayHead, flags: list[s
 
 def test_an_unprotected_cluster_gets_neither_files_nor_token(cli: Cli) -> None:
     with ray_head(token=None) as head:
-        code, text = cli("submit", "q.yaml", "--ray", head.url)
+        code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1")
         assert code == 2
         assert "CVE-2023-48022" in text
         assert not head.packages
         assert all(sent == "" for *_, sent in head.requests)
-        code, text = cli("submit", "q.yaml", "--ray", head.url, "--insecure")
+        code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1", "--insecure")
         assert code == 0
         assert len(head.jobs) == 1
 
 
 def test_without_a_token_nothing_is_sent(cli: Cli, head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    code, text = cli("submit", "q.yaml", "--ray", head.url)
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1")
     assert code == 2
     assert "no token" in text
     assert not head.requests
@@ -165,7 +169,7 @@ def test_without_a_token_nothing_is_sent(cli: Cli, head: RayHead, monkeypatch: p
 
 def test_a_job_that_is_refused_leaves_no_record(cli: Cli, head: RayHead) -> None:
     head.faults["POST", "/api/jobs/"] = (400, "Traceback\nValueError: bad label\n")
-    code, text = cli("submit", "q.yaml", "--ray", head.url)
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1")
     assert code == 2
     assert "ValueError: bad label" in text
     assert not list(Path("runs").iterdir())
@@ -173,7 +177,7 @@ def test_a_job_that_is_refused_leaves_no_record(cli: Cli, head: RayHead) -> None
 
 def test_an_answer_that_is_lost_loses_no_job(cli: Cli, head: RayHead) -> None:
     head.lose_answers_to = "POST"
-    code, text = cli("submit", "q.yaml", "--ray", head.url, "--insecure")
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1", "--insecure")
     assert code == 0, text
     (run_id,) = head.jobs
     assert record(run_id)["state"] == "pending"
@@ -181,7 +185,7 @@ def test_an_answer_that_is_lost_loses_no_job(cli: Cli, head: RayHead) -> None:
 
 def test_an_answer_that_is_lost_with_the_cluster_is_told(cli: Cli, head: RayHead) -> None:
     head.faults["POST", "/api/jobs/"] = (503, "overloaded")
-    code, text = cli("submit", "q.yaml", "--ray", head.url)
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1")
     assert code == 75
     assert "It may have been accepted all the same" in text
     (run_id,) = [p.name for p in Path("runs").iterdir()]
@@ -255,6 +259,42 @@ def test_a_run_that_has_ended_is_known_without_the_cluster(cli: Cli, submitted: 
     assert len(head.requests) == asked
 
 
+def test_a_log_that_cannot_be_had_at_the_end_is_asked_for_again(cli: Cli, head: RayHead, submitted: str) -> None:
+    log = "Running entrypoint\n" + status_line(state="failed", exit_code=2, failure=FAILURE) + "the end\n"
+    head.set_job("r1", "FAILED", log, driver_exit_code=2, end_time=int(time.time() * 1000))
+    head.faults["GET", "/api/jobs/r1/logs"] = (503, "slow")
+    assert cli("runs", "list")[1].split()[1] == "failed"
+    assert cli("runs", "watch", "r1")[0] == 2
+    assert record("r1")["state"] == "pending"
+    head.faults.clear()
+    assert "rank 1: out of memory on GPU 1" in cli("runs", "show", "r1")[1]
+    assert cli("runs", "logs", "r1", "-n", "1") == (0, "the end\n")
+    head.set_job("r1", "RUNNING", "")  # an answer that was long on its way
+    assert cli("runs", "list")[1].split()[1] == "failed"
+
+
+def test_a_log_that_went_with_its_node_is_given_up(cli: Cli, head: RayHead, submitted: str) -> None:
+    head.set_job("r1", "SUCCEEDED", "", end_time=5000)
+    head.faults["GET", "/api/jobs/r1/logs"] = (500, "the node is gone")
+    assert cli("runs", "list")[1].split()[1] == "succeeded"
+    assert record("r1")["state"] == "succeeded"
+
+
+def test_what_failed_while_it_was_stopped_is_failed(cli: Cli, head: RayHead, submitted: str) -> None:
+    log = "start\n" + status_line(state="failed", exit_code=2, failure={**FAILURE, "exit_code": 75})
+    head.set_job("r1", "STOPPED", log, end_time=5000)
+    assert cli("runs", "watch", "r1")[0] == 75
+    assert cli("runs", "show", "r1")[1].splitlines()[0] == "r1  failed"
+
+
+def test_a_job_of_that_name_is_never_taken_for_this_one(cli: Cli, head: RayHead, submitted: str) -> None:
+    shutil.rmtree("runs")  # as from another folder, or by another person
+    code, text = cli("submit", "q.yaml", "--ray", head.url, "--cpu", "1", "--run-dir", "/other/r1")
+    assert code == 2
+    assert "has a job r1 already" in text
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     ("code", "message", "said"),
     [
@@ -269,6 +309,7 @@ def test_failures_before_the_launcher_can_speak(
 ) -> None:
     head.set_job("r1", "FAILED", message + "\n", message=message, driver_exit_code=code)
     assert said in cli("runs", "show", "r1")[1]
+    assert cli("runs", "watch", "r1")[0] == (75 if code is None else 2)
 
 
 def test_logs_and_stop(cli: Cli, head: RayHead, submitted: str) -> None:
@@ -326,7 +367,7 @@ def test_the_client_needs_nothing_heavy(cli: Cli, head: RayHead, tmp_path: Path)
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
         "heavy = {'torch', 'ray', 'transformers', 'numpy', 'requests', 'aiohttp'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    argv = [sys.executable, "-P", "-c", code, "submit", "q.yaml", "--ray", head.url]
+    argv = [sys.executable, "-P", "-c", code, "submit", "q.yaml", "--ray", head.url, "--cpu", "1"]
     done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(head.jobs) == 1
