@@ -76,6 +76,7 @@ class RayJob:
 def parse_address(text: str) -> RayAddress:
     """`http(s)://host[:port][/prefix]`. Raises ClusterError for anything else, without repeating what may be a password."""
     allowed = f"Allowed: http://HOST:{DEFAULT_PORT} or https://HOST, the address of the cluster's dashboard."
+    named = "--ray" if "@" in text else f"--ray {text}"
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
@@ -86,9 +87,9 @@ def parse_address(text: str) -> RayAddress:
             "--ray: an address holds no user, password or query", f"They would be written down. {allowed}"
         )
     if parts.scheme == "ray":
-        raise ClusterError(f"--ray {text}: that is the address of Ray Client, which jobs do not use", allowed)
+        raise ClusterError(f"{named}: that is the address of Ray Client, which jobs do not use", allowed)
     if parts.scheme not in ("http", "https") or not host:
-        raise ClusterError(f"--ray {text}: is not the address of a Ray dashboard", allowed)
+        raise ClusterError(f"{named}: is not the address of a Ray dashboard", allowed)
     default = 443 if parts.scheme == "https" else DEFAULT_PORT
     return RayAddress(parts.scheme, host, port or default, parts.path.rstrip("/"))
 

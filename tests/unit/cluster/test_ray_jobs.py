@@ -62,7 +62,8 @@ def test_what_is_no_address(text: str) -> None:
 
 
 def test_a_password_in_an_address_is_not_repeated() -> None:
-    assert "canary" not in str(failure(parse_address, "https://user:canary@head:8265"))
+    for text in ("https://user:canary@head:8265", "user:canary@head:8265", "https:/user:canary@head"):
+        assert "canary" not in str(failure(parse_address, text))
 
 
 @pytest.mark.parametrize(
