@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo          install, then fine-tune a real 135M model and show it before and after"
 	@echo "make test          install, then run every test"
-	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root, iproute2, sshd)"
+	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root, iproute2, sshd, openssl)"
 	@echo "make chaos         kill a saving run 200 times, fill its disk; writes docs/chaos.md"
 	@echo "make matrix        every method, ZeRO stage and dtype on a real model"
 	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
@@ -41,8 +41,8 @@ test: install
 	@$(BIN)/python -m pytest -q --durations=15
 
 test-cluster: install
-	@command -v ip >/dev/null && [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ] || {
-	  echo "make test-cluster makes its hosts itself, from network namespaces: it needs root, ip and sshd (apt install iproute2 openssh-server)"; exit 2; }
+	@command -v ip >/dev/null && command -v openssl >/dev/null && [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ] || {
+	  echo "make test-cluster makes its hosts itself, from network namespaces: it needs root, ip, sshd and openssl (apt install iproute2 openssh-server openssl)"; exit 2; }
 	$(BIN)/python -m pytest -q --durations=5 tests/hosts
 
 # CHAOS=N: N kills at random after those at every boundary; `.ci/run` takes none (about 4 minutes).
