@@ -45,6 +45,7 @@ def list_command(runs_dir: RunsDir = DEFAULT_DIR) -> None:
         typer.echo(lines[run] if run in lines else run_line(run, read_status(run)))
 
 
+@app.command("status", help="The same as show.")
 @app.command("show")
 def show_command(run: RunArg, runs_dir: RunsDir = DEFAULT_DIR) -> None:
     """State of each stage, every attempt with its cause, the first cause of a failure, and where the results are."""

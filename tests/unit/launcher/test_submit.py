@@ -210,6 +210,7 @@ def test_states(cli: Cli, head: RayHead, submitted: str, ray_says: str, shown: s
     assert code == 0
     assert text.split()[:2] == ["r1", shown]
     assert cli("runs", "show", "r1")[1].splitlines()[0] == f"r1  {shown}"
+    assert cli("runs", "status", "r1") == cli("runs", "show", "r1")
 
 
 def test_a_run_that_is_stopped_on_the_cluster_is_not_failed(cli: Cli, head: RayHead, submitted: str) -> None:
