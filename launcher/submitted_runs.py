@@ -143,7 +143,7 @@ def watch(run: RunDir) -> int:
     except KeyboardInterrupt:
         print(f"\n{run.run_id} goes on; stop it: launch runs stop {shlex.quote(str(run.root))}")
         return EXIT_INTERRUPTED
-    print(f"\n{run.run_id} {seen.state}", file=sys.stderr)
+    print(f"\n{run.run_id} {seen.state}" + (f": {seen.why}" if seen.why else ""), file=sys.stderr)
     text = first_cause(seen)
     if text and text.splitlines()[0] not in _kept_log(run):
         print(text, file=sys.stderr)
