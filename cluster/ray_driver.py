@@ -61,7 +61,6 @@ def main(argv: list[str]) -> int:
     os.environ.update(_SETTINGS)
     try:
         with _ray(job):
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in this place
             return _run(job, stop)
     except ClusterError as e:
         return _fail(job, -1, _kind(e), e.message, e.hint, e.exit_code)
@@ -83,7 +82,9 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
                 _run_alone(job)
             else:
                 _fit(job, nodes)
-        except Exception as e:  # the border of the job: Ray ends in many ways, and what the workers left says more
+        except (
+            Exception
+        ) as e:  # the border of the job: Ray ends in many ways; `_ended` says which, and what workers left
             errors.append(e)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
@@ -173,7 +174,7 @@ def _init(problem: str, **options: Any) -> None:
             import ray
 
             ray.init(**options)
-        except Exception as e:  # raised again below
+        except Exception as e:  # none is lost: the thread that waits raises it again
             errors.append(e)
         is_done.set()
         threading.Event().wait()

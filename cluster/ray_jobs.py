@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+from .failure import EXIT_RETRY
 from .job import ClusterError
 from .ray_token import HOW_TO_GET_ONE, Token
 
-EXIT_RETRY = 75
 DEFAULT_PORT = 8265
 _BLOCK_BYTES = 2**20
 _HOW_TO_PROTECT = (
@@ -80,7 +80,9 @@ def parse_address(text: str) -> RayAddress:
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
-    except ValueError:
+        (host or "").encode("idna")
+        parts.path.encode("ascii")
+    except ValueError:  # UnicodeError too
         raise ClusterError("--ray: that is no address", allowed) from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise ClusterError(
@@ -88,7 +90,7 @@ def parse_address(text: str) -> RayAddress:
         )
     if parts.scheme == "ray":
         raise ClusterError(f"{named}: that is the address of Ray Client, which jobs do not use", allowed)
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host or " " in parts.path:
         raise ClusterError(f"{named}: is not the address of a Ray dashboard", allowed)
     default = 443 if parts.scheme == "https" else DEFAULT_PORT
     return RayAddress(parts.scheme, host, port or default, parts.path.rstrip("/"))

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .failure import EXIT_RETRY, EXIT_USER
 from .inventory import Inventory
 from .job import ClusterError
 from .ray_placement import RayNode
@@ -49,7 +50,7 @@ def find_cluster(env: Mapping[str, str]) -> str:
         return address
     file = Path(env.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     found = _written_by_ray(file)
-    if _answers(found):
+    if answers(found):
         return found
     if address:
         raise ClusterError(
@@ -68,8 +69,8 @@ def _written_by_ray(file: Path) -> str:
         return ""
 
 
-def _answers(address: str) -> bool:
-    """The file outlives a cluster that was killed."""
+def answers(address: str) -> bool:
+    """Whether something listens there: what `ray start` wrote down outlives a cluster that was killed."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
         return False
@@ -111,7 +112,7 @@ def lost_nodes(nodes: Sequence[RayNode]) -> tuple[str, ...]:
     lost = []
     for node in nodes:
         entry = now.get(node.node_id)
-        if not (entry and entry["Alive"] and _answers(f"{node.address}:{entry['NodeManagerPort']}")):
+        if not (entry and entry["Alive"] and answers(f"{node.address}:{entry['NodeManagerPort']}")):
             lost.append(node.address)
     return tuple(lost)
 
@@ -119,7 +120,7 @@ def lost_nodes(nodes: Sequence[RayNode]) -> tuple[str, ...]:
 def ask_nodes(address: str) -> list[dict[str, Any]]:
     """Connect, and ask every node what it has. Raises ClusterError for one that does not answer, or lacks this program."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .nvml import read_inventory
@@ -132,6 +133,7 @@ def ask_nodes(address: str) -> list[dict[str, Any]]:
             f"cannot join the Ray cluster at {address}: {(str(e).strip() or type(e).__name__).splitlines()[0]}",
             "Check ray status, and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds the cluster's token. "
             "RAY_ADDRESS=local starts a Ray of its own instead.",
+            EXIT_RETRY if isinstance(e, ConnectionError) else EXIT_USER,
         ) from None
     nodes = alive_nodes()
     ask = ray.remote(num_cpus=0, max_retries=0)(lambda: read_inventory().to_dict())
@@ -147,6 +149,7 @@ def ask_nodes(address: str) -> list[dict[str, Any]]:
             raise ClusterError(
                 f"the node {node.address} does not say what it has: {(str(e).strip() or type(e).__name__).splitlines()[-1]}",
                 "tunelaunch must be installed on every node, in the environment in which Ray was started.",
+                EXIT_RETRY if isinstance(e, GetTimeoutError) else EXIT_USER,
             ) from None
     return told
 
@@ -155,7 +158,7 @@ def nodes_from_json(text: str) -> tuple[ClusterNode, ...]:
     """Inverse of what the command prints. Raises ClusterError with what it reports."""
     told = json.loads(text)
     if "error" in told:
-        raise ClusterError(told["error"]["message"], told["error"]["hint"])
+        raise ClusterError(**told["error"])
     return tuple(ClusterNode(RayNode(**n["ray"]), Inventory.from_dict(n["inventory"])) for n in told["nodes"])
 
 
@@ -164,7 +167,7 @@ def main(argv: list[str]) -> int:
     try:
         told: dict[str, Any] = {"nodes": ask_nodes(argv[0])}
     except ClusterError as e:
-        told = {"error": {"message": e.message, "hint": e.hint}}
+        told = {"error": {"message": e.message, "hint": e.hint, "exit_code": e.exit_code}}
     print(json.dumps(told), flush=True)
     return 0
 

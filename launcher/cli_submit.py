@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from .cli_runs import Sets
+
 Recipe = Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.", metavar="RECIPE")]
-Gpus = Annotated[str | None, typer.Option(help="As `launch --gpus`, on the cluster.")]
-Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many processes.", min=1)]
-Nodes = Annotated[int, typer.Option(help="Number of hosts.", min=1)]
+Gpus = Annotated[
+    str | None, typer.Option(help="free:N under Ray, for each node; with --backend torchrun as `launch --gpus`.")
+]
+Cpu = Annotated[int | None, typer.Option(help="Train on the CPU with this many processes, on each node.", min=1)]
+Nodes = Annotated[int, typer.Option(help="Number of nodes.", min=1)]
 Backend = Annotated[str, typer.Option(help="Where processes run: ray | torchrun (the head node alone).")]
 Debug = Annotated[bool, typer.Option(help="All stages for 10 steps, with the first batch shown.")]
 
@@ -25,7 +29,7 @@ def submit_command(
     run_dir: Annotated[
         str | None, typer.Option(help="Run folder on the cluster (/... or ~/...). Default: <run.dir>/<run id>, from ~.")
     ] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key.")] = None,
+    sets: Sets = None,
     debug: Debug = False,
     shared: Annotated[
         list[Path] | None,

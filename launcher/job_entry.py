@@ -114,7 +114,7 @@ def _report_status(run: RunDir) -> None:
 
 
 def _print_status(run: RunDir, error: dict[str, Any]) -> None:
-    """One line for programs. `error`: why the launcher itself ended, where the run has no failure of its own."""
+    """One line for programs. `error`: why the launcher itself ended; {} where the run's own status says all."""
     status = read_json(run.status) if run.status.is_file() else {}
     failure = status.get("failure")
     if error:  # a failure in the folder is then another run's, or the same
@@ -137,12 +137,11 @@ def _split() -> tuple[int, int] | int:
         os.close(result_read)
         os.close(life_write)
         launcher = os.fork()
-        if not launcher:
-            # Out of A's group, which Ray kills as soon as its own supervisor has gone. B ends by A's end, with a checkpoint.
-            os.setsid()
         if launcher:
             os.write(result_write, launcher.to_bytes(8, "big"))
             os._exit(0)
+        # Out of A's group, which Ray kills as soon as its own supervisor has gone. B ends by A's end, with a checkpoint.
+        os.setsid()
         threading.Thread(target=_end_without_a, args=(life_read,), daemon=True).start()
         return result_write, life_read
     os.close(result_write)

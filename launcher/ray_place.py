@@ -11,7 +11,7 @@ from dataclasses import replace
 from cluster.inventory import Device, Selection
 from cluster.job import JobSpec, RayRequest
 from cluster.nodes import Node, combined
-from cluster.ray_nodes import ClusterNode, find_cluster, nodes_from_json
+from cluster.ray_nodes import ClusterNode, answers, find_cluster, nodes_from_json
 from cluster.ray_placement import choose_nodes, cpus_of_process, cpus_reason, place, table, wanted
 
 from .errors import LaunchError
@@ -134,6 +134,12 @@ def _selection(node: ClusterNode, count: int, on_gpus: bool, threads: int) -> Se
 
 def _ask(address: str) -> tuple[ClusterNode, ...]:
     """What the nodes have. In a process of its own: the launcher never imports Ray."""
+    if not answers(address):  # Ray itself would try for minutes
+        raise LaunchError(
+            f"no Ray cluster answers at {address}",
+            "Is it the head's host:port, as ray start said? RAY_ADDRESS=local starts a Ray of its own.",
+            75,
+        )
     argv = [sys.executable, "-P", "-m", "cluster.ray_nodes", address]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)

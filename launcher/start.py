@@ -231,7 +231,7 @@ def _same_devices(request: Request, old: dict[str, Any]) -> Request:
     request = replace(request, backend=request.backend or flags["backend"])
     if flags.get("hosts"):  # runs of earlier versions know none
         return replace(request, hosts=tuple(flags["hosts"]), gpus=flags["gpus"], cpu=flags["cpu"])
-    nodes = flags["nodes"]
+    nodes = flags.get("nodes", 1)
     if (flags["gpus"] or flags["cpu"]) and (nodes == 1 or request.backend == "ray"):
         return replace(request, gpus=flags["gpus"], cpu=flags["cpu"], nodes=max(request.nodes, nodes))
     if parallel["device"] == "cpu":

@@ -26,6 +26,7 @@ from .start import runs_dir
 from .submission import PENDING, Submission, connect, write_submission
 from .where import BY_NUMBER
 
+BACKENDS = ("ray", "torchrun")
 STOP_WAIT_S = 600
 """How long Ray waits after SIGTERM for the last checkpoint, before it kills; its own default is 3."""
 TRAVELLING = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "NCCL_DEBUG")
@@ -59,6 +60,8 @@ def submit(request: SubmitRequest, dry_run: bool, follow: bool) -> int:
     shared = tuple(Path(os.path.normpath(folder)) for folder in request.shared)
     if bad := [str(folder) for folder in shared if not folder.is_absolute()]:
         raise LaunchError(f"--shared {bad[0]}: is not an absolute path", "Give it as the cluster sees it.")
+    if request.backend not in BACKENDS:
+        raise LaunchError(f'a cluster cannot run "{request.backend}"', f"Choose one of: {', '.join(BACKENDS)}")
     if request.backend == "ray" and not request.debug:
         _require_amounts(request.gpus, request.cpu)
     limit_bytes = upload.parse_size(request.upload_limit)

@@ -66,6 +66,8 @@ class Supervisor:
         self.limits = RetryLimits(**plan["retry"])
         self.faults: list[Fault] = []
         self.signals: list[int] = []
+        self.state = JobState.RUNNING
+        """Of the current job, as it was last seen."""
         self.current: tuple[JobSpec, JobHandle] | None = None
         me = ProcessIdentity.of(os.getpid())
         assert me is not None

@@ -24,7 +24,8 @@ _MODEL_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "*.tiktoken",
 )  # fmt: skip
 _NEVER = re.compile(
-    r"(^|/)(\.env[^/]*|\.git|\.ssh|\.aws|\.ray|\.netrc|\.kube|\.docker|\.config/gcloud|huggingface/(token|stored_tokens)|id_[a-z0-9]+|[^/]*\.pem|checkpoints/step_\d+)(/|$)"
+    r"(^|/)(\.env[^/]*|\.git|\.ssh|\.aws|\.ray|\.netrc|\.kube|\.docker|\.config/gcloud|huggingface/(?:token|stored_tokens)|"
+    r"id_(?:rsa|dsa|ecdsa|ed25519)|[^/]*\.pem|checkpoints/step_\d+)(/|$)"
 )
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 NUM_OFFENDERS = 5

@@ -2,7 +2,8 @@
 
 The loop says where it is by `beat`, which costs an assignment; it never touches the disk. A thread writes that once a
 second into heartbeat_rank_N.json of the log folder, also while the loop waits, so a rank that waits for others differs
-from one that is frozen. The end of what may last is written at once: who froze just after must not be given that time. All ranks take the same path and beat equally often: who has beaten least is behind.
+from one that is frozen. The end of what may last is written at once: who froze just after must not be given that time.
+All ranks take the same path and beat equally often: who has beaten least is behind.
 
 No signal and no collective is needed, only the folder: it works for ranks of any host that shares it. Standard library only.
 """

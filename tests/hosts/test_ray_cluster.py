@@ -139,13 +139,20 @@ def ended(process: subprocess.Popen[str], run: Path, since: float) -> dict:
     return status["failure"]
 
 
-def test_a_killed_worker_is_the_first_cause(
-    folder: Path, environment: dict[str, str], two_hosts: list[Host], nodes: RayNodes
-) -> None:
-    flags = ("--cpu", "1", "--nodes", "2", *ENDLESS, *NO_RETRY)
-    process = start(two_hosts[0], nodes, environment, folder, "killed_worker", *flags)
-    run = folder / "killed_worker"
-    training(run, 5, process)
+@pytest.fixture
+def train(folder: Path, environment: dict[str, str], two_hosts: list[Host], nodes: RayNodes):
+    """Start a run over both nodes; returns once it has done 5 steps."""
+
+    def begin(name: str, *flags: str) -> tuple[subprocess.Popen[str], Path]:
+        process = start(two_hosts[0], nodes, environment, folder, name, "--cpu", "1", "--nodes", "2", *flags)
+        training(folder / name, 5, process)
+        return process, folder / name
+
+    return begin
+
+
+def test_a_killed_worker_is_the_first_cause(train) -> None:
+    process, run = train("killed_worker", *ENDLESS, *NO_RETRY)
     since = time.monotonic()
     os.kill(worker_of(run, 1), signal.SIGKILL)
     failure = ended(process, run, since)
@@ -154,13 +161,8 @@ def test_a_killed_worker_is_the_first_cause(
     assert failure["message"].startswith("rank 1 was killed by SIGKILL (signal 9)")
 
 
-def test_a_killed_node_is_the_first_cause(
-    folder: Path, environment: dict[str, str], two_hosts: list[Host], nodes: RayNodes
-) -> None:
-    flags = ("--cpu", "1", "--nodes", "2", *ENDLESS, *NO_RETRY)
-    process = start(two_hosts[0], nodes, environment, folder, "killed_node", *flags)
-    run = folder / "killed_node"
-    training(run, 5, process)
+def test_a_killed_node_is_the_first_cause(train, two_hosts: list[Host], nodes: RayNodes) -> None:
+    process, run = train("killed_node", *ENDLESS, *NO_RETRY)
     on_second = {p.pid for p in nodes.members(1)}
     (lost,) = [rank for rank in (0, 1) if worker_of(run, rank) in on_second]
     since = time.monotonic()
@@ -168,6 +170,24 @@ def test_a_killed_node_is_the_first_cause(
     failure = ended(process, run, since)
     assert (failure["rank"], failure["kind"]) == (lost, "node_lost")
     assert failure["message"] == f"rank {lost} was lost with the node {two_hosts[1].address}"
+
+
+def test_a_run_goes_on_when_its_node_has_come_back(train, nodes: RayNodes) -> None:
+    """The next attempt begins while the node is away, and waits for it."""
+    sets = ("train.max_steps=400", "checkpoint.every_steps=5", "retry.wait_s=1")
+    process, run = train("back", *FP32, *(word for s in sets for word in ("--set", s)))
+    nodes.kill(1)
+    status = run / "status.json"
+    wait_until(lambda: json.loads(status.read_text(encoding="utf-8"))["attempt"] == 2, 90, "another attempt")
+    time.sleep(10)
+    nodes.start(1)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    attempts = json.loads(status.read_text(encoding="utf-8"))["attempts"]
+    assert [a["cause"] for a in attempts] == ["node_lost", "done"]
+    assert attempts[0]["step"] - (attempts[0]["next_step"] or 0) <= 5
+    assert sorted(losses(run)) == list(range(1, 401))
+    print(f"{run.name}: {attempts}")
 
 
 def test_a_ray_of_its_own_computes_what_torchrun_does(

@@ -27,8 +27,17 @@ class RayNodes:
 
     address: str
     env: dict[str, str]
+    commands: list[list[str]]
+    """`ray start --block` for each, the head first."""
+    folder: Path
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    """`ray start --block` of each, the head first."""
+    """The process of each that was started."""
+
+    def start(self, index: int) -> None:
+        """Start a node, also one that was killed; returns without waiting for it."""
+        with open(self.folder / "ray.log", "ab") as log:
+            node = subprocess.Popen(self.commands[index], env=self.env, stdout=log, stderr=log, cwd=self.folder)
+        self.nodes[index : index + 1] = [node]
 
     def members(self, index: int) -> list[ProcessIdentity]:
         """All processes of a node, workers and what they started too."""
@@ -59,17 +68,19 @@ def ray_nodes(folder: Path, hosts: Sequence[Host] = (), num_cpus: int = 2) -> It
     env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "contract")))
     addresses = [host.address for host in hosts] or ["127.0.0.1"]
     port = PORT if hosts else _free_port()
-    found = RayNodes(f"{addresses[0]}:{port}", {**env, "RAY_ADDRESS": f"{addresses[0]}:{port}"})
+    joined = f"{addresses[0]}:{port}"
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={num_cpus}"]
     start += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    commands = []
+    for index, address in enumerate(addresses):
+        which = ["--head", f"--port={port}", "--include-dashboard=false"] if index == 0 else []
+        which += [f"--temp-dir={session}"] if index == 0 else [f"--address={joined}"]
+        commands.append([*(hosts[index].prefix if hosts else ()), *start, *which, f"--node-ip-address={address}"])
+    found = RayNodes(joined, {**env, "RAY_ADDRESS": joined}, commands, folder)
     try:
-        with open(folder / "ray.log", "wb") as log:
-            for index, address in enumerate(addresses):
-                which = ["--head", f"--port={port}", "--include-dashboard=false"] if index == 0 else []
-                which += [f"--temp-dir={session}"] if index == 0 else [f"--address={found.address}"]
-                argv = [*(hosts[index].prefix if hosts else ()), *start, *which, f"--node-ip-address={address}"]
-                found.nodes.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log, cwd=folder))
-                _wait_for_nodes(found, hosts[0].prefix if hosts else (), index + 1, folder)
+        for index in range(len(commands)):
+            found.start(index)
+            _wait_for_nodes(found, hosts[0].prefix if hosts else (), index + 1, folder)
         yield found
     finally:
         for index, node in enumerate(found.nodes):

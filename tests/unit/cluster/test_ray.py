@@ -151,8 +151,8 @@ def test_what_the_nodes_say_is_read_back_and_errors_are_raised() -> None:
     (node,) = nodes_from_json(json.dumps({"nodes": [{"ray": ray, "inventory": inventory}]}))
     assert (node.ray.free_cpus, node.inventory.memory_gb) == (1.0, 4.0)
     with pytest.raises(ClusterError, match="gone") as e:
-        nodes_from_json(json.dumps({"error": {"message": "gone", "hint": "look"}}))
-    assert e.value.hint == "look"
+        nodes_from_json(json.dumps({"error": {"message": "gone", "hint": "look", "exit_code": 75}}))
+    assert (e.value.hint, e.value.exit_code) == ("look", 75)
 
 
 def test_the_interface_of_an_address() -> None:

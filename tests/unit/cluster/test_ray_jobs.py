@@ -55,7 +55,18 @@ def test_addresses(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "head:8265", "ray://head:10001", "ftp://head", "http://", "http://head:port", "https://head/?token=canary"],
+    [
+        *(
+            "",
+            "head:8265",
+            "ray://head:10001",
+            "ftp://head",
+            "http://",
+            "http://head:port",
+            "https://head/?token=canary",
+        ),
+        *("http://head..ex:8265", "https://head/a b", "https://head/é"),
+    ],
 )
 def test_what_is_no_address(text: str) -> None:
     assert failure(parse_address, text).exit_code == 2

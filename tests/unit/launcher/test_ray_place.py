@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from cluster.inventory import Device, Inventory, Selection
@@ -81,3 +83,11 @@ def test_a_ray_of_our_own_sees_exactly_the_chosen_devices() -> None:
 def test_several_nodes_need_a_cluster() -> None:
     with pytest.raises(LaunchError, match="no Ray cluster runs on this host"):
         choose_ray(flags(cpu=1, nodes=2), 120, {"RAY_ADDRESS": "local"})
+
+
+def test_an_address_where_nothing_listens_is_told_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="no Ray cluster answers at") as e:
+        choose_ray(flags(cpu=1), 120, {"RAY_ADDRESS": "127.0.0.1:9"})
+    assert e.value.exit_code == 75
+    assert time.monotonic() - began < 5

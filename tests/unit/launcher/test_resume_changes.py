@@ -10,6 +10,7 @@ from launcher.errors import LaunchError
 from launcher.recipe_fields import fields
 from launcher.recipe_schema import Recipe
 from launcher.resume_changes import BOUND, FREE, affects_report, affects_training, changes, require_allowed
+from launcher.start import Request, _same_devices
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -92,3 +93,14 @@ def test_a_forced_key_that_no_recipe_has_is_told_its_nearest(key: str, nearest: 
 
 def test_every_key_named_is_one_of_the_recipe() -> None:
     assert {*FREE, *BOUND} <= set(fields())
+
+
+def test_a_run_of_an_earlier_version_is_resumed_where_it_was() -> None:
+    """Its plan.json knows neither hosts nor nodes."""
+    flags = {"gpus": "0,2", "cpu": None, "backend": "torchrun", "debug": False}
+    old = {"flags": flags, "spec": {"parallel": {"device": "cuda", "world_size": 2}}}
+    request = _same_devices(Request("r.yaml", None, None, None, 1, None, (), False), old)
+    assert (request.gpus, request.backend, request.nodes, request.hosts) == ("0,2", "torchrun", 1, ())
+    old["flags"] = {**flags, "gpus": "free:2", "backend": "ray", "hosts": [], "nodes": 2}
+    request = _same_devices(Request("r.yaml", None, None, None, 1, None, (), False), old)
+    assert (request.gpus, request.backend, request.nodes) == ("free:2", "ray", 2)

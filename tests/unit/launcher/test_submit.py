@@ -135,6 +135,7 @@ def test_a_dry_run_asks_nobody(cli: Cli, head: RayHead) -> None:
         (["--run-dir", "runs/x"], "is a folder on the cluster"),
         (["--gpus", "0,1"], "--gpus 0,1: Ray gives devices away by number"),
         ([], "how many devices?"),
+        (["--backend", "rya"], "Choose one of: ray, torchrun"),
         (["--shared", "data"], "is not an absolute path"),
         (["--ca", "none.pem", "--ray", "https://localhost:1"], "no certificates can be read"),
     ],

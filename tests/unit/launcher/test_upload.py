@@ -97,7 +97,18 @@ def test_links_are_read_through_and_shown(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cluster" / "data" / "link.jsonl").is_symlink()
 
 
-@pytest.mark.parametrize("name", [".env", ".env.local", ".git/config", "checkpoints/step_000010/rows.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".env",
+        ".env.local",
+        ".git/config",
+        "checkpoints/step_000010/rows.jsonl",
+        ".netrc",
+        "huggingface/token",
+        "id_rsa",
+    ],
+)
 @pytest.mark.parametrize("by_link", [False, True])
 def test_what_is_never_sent_is_refused_also_behind_a_link(folder: Path, name: str, by_link: bool) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +119,13 @@ def test_what_is_never_sent_is_refused_also_behind_a_link(folder: Path, name: st
     with pytest.raises(RecipeError, match="is not sent") as caught:
         collect(loaded, ())
     assert f"{folder / 'r.yaml'}:3" in str(caught.value)
+
+
+def test_what_only_resembles_it_is_sent(folder: Path) -> None:
+    (folder / "id_train").mkdir()
+    (folder / "id_train" / "token.jsonl").write_text(ROW, encoding="utf-8")
+    items = collect(load(folder, "model: a/b\nmethod: lora\ndata: id_train/token.jsonl\n"), ())
+    assert [i.name for i in items[1:]] == ["data/token.jsonl"]
 
 
 @pytest.mark.parametrize("source", ["./tiny", "m.gguf"])
