@@ -33,13 +33,19 @@ def watch(run: RunDir) -> int:
         while True:
             status = read_status(run)
             waits = status.next_attempt_at is not None
+            ended = ""
             if current is not None and (status.stage != current.name or status.state != RUNNING or waits):
                 progress.stage_ended(current, _job_status(status, current.name), status.seconds.get(current.name, 0.0))
-                current = None
+                ended, current = current.name, None
             for attempt in status.attempts[told:]:
                 told += attempt.ended is not None
-                if attempt.retried:
-                    progress.note(retry_note(attempt))
+                if not attempt.retried:
+                    continue
+                if ended != attempt.stage:  # it began, or the next one did, since the last look
+                    failed = JobStatus(JobState.FAILED, None, None)
+                    progress.stage_ended(jobs[attempt.stage], failed, status.seconds.get(attempt.stage, 0.0))
+                    current = None
+                progress.note(retry_note(attempt))
             if is_unknown != (status.shown_state == UNKNOWN):
                 is_unknown = not is_unknown
                 progress.note(reach_note(is_unknown))
