@@ -92,7 +92,7 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
     while thread.is_alive() and not stop.is_set():
         thread.join(_POLL_S)
     if stop.is_set():
-        deadline = time.monotonic() + ray_worker.GRACEFUL_S + _POLL_S
+        deadline = time.monotonic() + ray_worker.STOP_LOOK_S + ray_worker.GRACEFUL_S + _POLL_S
         while _has_started(job) and len(logs.read_exits(job.log_dir)) < job.num_processes:
             if time.monotonic() > deadline:
                 break

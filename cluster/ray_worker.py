@@ -30,6 +30,8 @@ STOP_FILE = "stop_workers"
 GRACEFUL_S = 5.0
 """From SIGTERM to SIGKILL; with what Ray needs to end, nothing outlives a killed launcher by more than 10 s."""
 WATCH_S = 0.1
+STOP_LOOK_S = 0.5
+"""How often each rank asks the shared disk for the stop file."""
 REPORT_S = 1.0
 SETTLE_S = 1.0
 """A failed rank waits this long before Ray hears of it: Ray then ends all others, and they may hold the first cause."""
@@ -170,13 +172,16 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         stop = Path(self.job.log_dir) / STOP_FILE
-        asked_at = 0.0
+        asked_at = next_look = 0.0
         while (code := self.process.poll()) is None:
-            if not asked_at and stop.exists():
-                asked_at = time.monotonic()
-                self._signal(signal.SIGTERM)
-            elif asked_at and time.monotonic() - asked_at > GRACEFUL_S:
+            now = time.monotonic()
+            if asked_at and now - asked_at > GRACEFUL_S:
                 self._signal(signal.SIGKILL)
+            elif not asked_at and now >= next_look:
+                next_look = now + STOP_LOOK_S
+                if stop.exists():
+                    asked_at = now
+                    self._signal(signal.SIGTERM)
             time.sleep(WATCH_S)
         try:
             logs.write_exit(self.job.log_dir, self.rank, code)
