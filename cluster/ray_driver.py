@@ -260,7 +260,11 @@ def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: how it ended counts more
+            forget_missing(folder, ray.__version__)
 
 
 def _scaling(job: JobSpec, placement: ray_placement.Placement) -> Any:
