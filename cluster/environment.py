@@ -82,6 +82,9 @@ _ALSO_REAL = frozenset(
 
 _TRAVELS = frozenset(
     (
+        "AWS_DEFAULT_REGION",
+        "AWS_ENDPOINT_URL",
+        "AWS_REGION",
         "CUDA_LAUNCH_BLOCKING",
         "HF_ENDPOINT",
         "HF_HOME",

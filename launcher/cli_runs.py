@@ -122,6 +122,17 @@ def stop_command(
     stop(found, now, wait_s)
 
 
+@app.command("fetch")
+def fetch_command(
+    url: Annotated[str, typer.Argument(help="The run's folder there: what storage.url names, and the run id.")],
+    runs_dir: RunsDir = DEFAULT_DIR,
+) -> None:
+    """Bring a run back from the bucket that its checkpoints were copied to (storage.url)."""
+    from .fetch import fetch
+
+    typer.echo(f"go on with it: launch runs resume {fetch(url, runs_dir).root}")
+
+
 @app.command("resume")
 def resume_command(
     run: RunArg,
@@ -135,9 +146,10 @@ def resume_command(
 ) -> None:
     """Continue from the newest verified checkpoint, or with the stage that failed."""
     from . import start
+    from .fetch import fetch, is_url
     from .status import find_run
 
-    found = find_run(run, runs_dir)
+    found = fetch(run, runs_dir) if is_url(run) else find_run(run, runs_dir)
     forced = tuple(force_key or ())
     named = tuple(hosts or ())
     request = start.Request(str(found.recipe), gpus, cpu, None, 1, None, tuple(sets or ()), False, (), forced, named)

@@ -27,6 +27,7 @@ from trainer.spec import (
     ParallelSpec,
     PromptSpec,
     SecretSpec,
+    StorageSpec,
     TrainSpec,
 )
 
@@ -217,6 +218,7 @@ def _spec(
             asynchronous=recipe.checkpoint.async_ is True,
             on_error=recipe.checkpoint.on_error,
         ),
+        storage=_storage(recipe.storage.url, run),
         evaluate=_evaluate(recipe),
         paths=run.paths(),
         deepspeed={},
@@ -224,6 +226,12 @@ def _spec(
         profile_steps=options.profile_steps,
         secrets=tuple(SecretSpec(secret.name, secret.path or "") for secret in recipe.secrets),
     )
+
+
+def _storage(url: str | None, run: RunDir) -> StorageSpec:
+    if url is None:
+        return StorageSpec("", ())
+    return StorageSpec(f"{url.rstrip('/')}/{run.run_id}", tuple(str(path) for path in run.taken_along))
 
 
 def _method(recipe: Recipe) -> MethodSpec:
@@ -313,6 +321,10 @@ def _step_reasons(spec: TrainSpec) -> list[Reason]:
         steps = f"ceil({optim.epochs:g} epochs x packed rows / global batch); `prepare` counts the rows"
     checkpointing = "recomputed in the backward pass" if optim.gradient_checkpointing else "kept"
     reasons = [Reason("steps", steps), Reason("activations", checkpointing)]
+    if spec.storage.url:
+        reasons.append(
+            Reason("storage", f"each checkpoint is copied to {spec.storage.url} and read back, beside training")
+        )
     return [*reasons, *_held_out_reasons(spec)]
 
 

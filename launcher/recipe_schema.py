@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FILE_NAME, VARIABLE, FULL_PATH = r"^[^/\\\s]+$", r"^[A-Z][A-Z0-9_]*$", r"^(/|~/).+$"
+STORAGE_URL = r"^((s3|gs|az|abfs|oss)://[^/@:\s]+(/[^:\s]*)?|file:///[^:]+)$"
 PATTERNS = {
     FILE_NAME: "a text without spaces or slashes",
     VARIABLE: "the name of an environment variable, in capitals",
     FULL_PATH: "a path that starts with / or ~/",
+    STORAGE_URL: "a URL: s3://BUCKET/FOLDER, gs://..., az://..., abfs://..., oss://... or file:///FOLDER",
 }
 """What each pattern of a text means, for errors and the reference."""
 Positive = Annotated[int, Field(gt=0)]
@@ -146,6 +148,13 @@ class Checkpoint(Section):
     """When a checkpoint cannot be written (disk full, read-only, failing): stop, or go on and try again at the next one; the last one of a run always stops."""
 
 
+class Storage(Section):
+    """Where checkpoints are copied to as well. Short form: `storage: s3://bucket/folder`."""
+
+    url: str | None = Field(default=None, pattern=STORAGE_URL)
+    """Each run has a folder of its own below it, with its newest checkpoints (checkpoint.keep), copied whole beside training and read back; `launch runs fetch` brings a run back from there. null: nowhere."""
+
+
 class Prompt(Section):
     """One question for the before/after table. Short form: the question."""
 
@@ -237,6 +246,7 @@ class Recipe(Section):
     train: Train = Train()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    storage: Storage = Storage()
     evaluate: Evaluate = Evaluate()
     retry: Retry = Retry()
     run: Run = Run()
@@ -246,7 +256,13 @@ class Recipe(Section):
 
 
 # Short forms: section -> the key that a bare scalar or list stands for.
-SHORT_FORMS: dict[str, str] = {"model": "source", "method": "name", "data": "files", "evaluate": "prompts"}
+SHORT_FORMS: dict[str, str] = {
+    "model": "source",
+    "method": "name",
+    "data": "files",
+    "storage": "url",
+    "evaluate": "prompts",
+}
 # Lists whose items may be bare scalars: dotted path -> the key that a scalar item stands for.
 ITEM_SHORT_FORMS: dict[str, str] = {
     "data.files": "path",
@@ -255,4 +271,4 @@ ITEM_SHORT_FORMS: dict[str, str] = {
     "secrets": "name",
 }
 # Keys that may be written as null, meaning "not set"; null anywhere else is an error, because it is not "default".
-NULLABLE = frozenset({"data.system", "evaluate.prompts.*.system"})
+NULLABLE = frozenset({"data.system", "storage.url", "evaluate.prompts.*.system"})

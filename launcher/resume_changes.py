@@ -26,6 +26,7 @@ FREE = (
     "run.hang_s",
     "run.timeout_s",
     "secrets",
+    "storage",
     "model.trust_remote_code",
     "train.accumulate",
     "train.compile",

@@ -115,6 +115,11 @@ class RunDir:
         return self.root / "job.log"
 
     @property
+    def taken_along(self) -> tuple[Path, ...]:
+        """What goes to the storage with each checkpoint, so that a run folder can be made again from it."""
+        return (self.recipe, self.plan, self.env, self.status, self.events, self.metrics)
+
+    @property
     def supervisor_log(self) -> Path:
         return self.root / "supervisor.log"
 

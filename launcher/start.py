@@ -154,6 +154,7 @@ def resume(name: str, request: Request, detached: bool) -> int:
     """Continue a run: the stages that are done stay done, training goes on from its newest verified checkpoint."""
     from trainer.checkpoint_format import MANIFEST, list_checkpoints
 
+    from .fetch import fetch, is_url
     from .resume_changes import affects_report, affects_training
     from .status import DONE, RUNNING, find_run, read_status
     from .supervise import hold
@@ -162,7 +163,7 @@ def resume(name: str, request: Request, detached: bool) -> int:
         raise LaunchError(
             "--run-dir and --debug do not go with --resume", "Leave them out: the run has its own folder."
         )
-    run = find_run(name, runs_dir())
+    run = fetch(name, runs_dir()) if is_url(name) else find_run(name, runs_dir())
     status = read_status(run)
     if status.state == RUNNING:
         raise LaunchError(f"{run.run_id} is running (pid {status.pid})", "Watch it: launch runs watch " + run.run_id)

@@ -29,6 +29,7 @@ from .model_source import materialise, tokenizer_files
 from .pack import pack_documents
 from .rows import Row, read_head, read_rows
 from .spec import DataFile, DataSpec, Prepared, TrainError, TrainSpec, read_plan
+from .storage import Storage
 
 if TYPE_CHECKING:
     from .template import ChatTemplate, Document
@@ -68,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes prepared.json and an event. Raises TrainError for anything wrong with the model or the data."""
+    """Writes prepared.json and an event. Raises TrainError for anything wrong with the storage, the model or the data."""
     started = time.monotonic()
     spec = read_plan(args.plan)
     print(f"plan {spec.digest()} run {spec.run_id}", flush=True)
+    if spec.storage.url:
+        Storage(spec.storage.url).probe()
     model_dir = materialise(spec.model)
     entry, reused = prepare_data(spec, model_dir)
     index = read_json(entry / INDEX)

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,11 @@ class Saved:
 class Saver:
     """Saves one checkpoint at a time. Every method that talks to other ranks says so: "Collective"."""
 
-    def __init__(self, engine: Any, spec: TrainSpec, ranks: Ranks) -> None:
-        self._engine, self._spec, self._ranks = engine, spec, ranks
+    def __init__(
+        self, engine: Any, spec: TrainSpec, ranks: Ranks, spared: Callable[[], Path | None] = lambda: None
+    ) -> None:
+        """`spared` is a checkpoint that must stay for the moment, whatever its age: it is being copied."""
+        self._engine, self._spec, self._ranks, self._spared = engine, spec, ranks, spared
         self._root = Path(spec.paths.checkpoints_dir)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._work: Future[str] | None = None
@@ -175,8 +178,14 @@ class Saver:
             self._is_publishing = True
             if self._ranks.rank == 0:
                 assert self._manifest is not None
-                keep = self._spec.checkpoint.keep
-                self._work = self._thread.submit(_publish, self._partial, self._manifest, self._ranks.world_size, keep)
+                self._work = self._thread.submit(
+                    _publish,
+                    self._partial,
+                    self._manifest,
+                    self._ranks.world_size,
+                    self._spec.checkpoint.keep,
+                    self._spared,
+                )
 
     def _given_up(self) -> TrainError:
         """The problem of the lowest rank that has one. What was written is removed."""
@@ -266,7 +275,7 @@ def _row_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.json"
 
 
-def _publish(partial: Path, manifest: Manifest, num_ranks: int, keep: int) -> str:
+def _publish(partial: Path, manifest: Manifest, num_ranks: int, keep: int, spared: Callable[[], Path | None]) -> str:
     """Make the shards a checkpoint, and prune. Raises TrainError; then nothing is published. Returns what pruning ran into."""
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     try:
@@ -280,7 +289,7 @@ def _publish(partial: Path, manifest: Manifest, num_ranks: int, keep: int) -> st
     except OSError as e:
         raise storage_error(e, final) from e
     try:
-        _prune(final.parent, manifest.step, keep)
+        prune(final.parent, manifest.step, keep, spared())
     except OSError as e:
         return f"{final.name} is saved, but an older one cannot be removed: {e.strerror}"
     return ""
@@ -305,10 +314,13 @@ def _rename(partial: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-def _prune(root: Path, newest_step: int, keep: int) -> None:
-    """Remove all but the newest `keep`. A later step than the one just saved was skipped on resume: it counts for nothing."""
+def prune(root: Path, newest_step: int, keep: int, spared: Path | None = None) -> None:
+    """Remove all but the newest `keep`, and `spared`. A later step than the one just saved was skipped on resume: it
+    counts for nothing. Raises OSError."""
     trusted = [path for step, path in list_checkpoints(root) if step <= newest_step]
     for path in trusted[keep:]:
+        if path == spared:
+            continue
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         dying = path.with_name(path.name + ".old" + PARTIAL)
         os.replace(path, dying)

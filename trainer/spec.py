@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SPEC_VERSION = 5
+SPEC_VERSION = 6
 
 EXIT_OK = 0
 EXIT_USER = 2
@@ -189,6 +189,16 @@ class SecretSpec:
 
 
 @dataclass(frozen=True)
+class StorageSpec:
+    """Where checkpoints are copied to; see trainer/storage.py."""
+
+    url: str
+    """Of this run's folder there: s3://bucket/prefix/RUN_ID; "" for nowhere."""
+    beside: tuple[str, ...]
+    """Absolute paths of files that go along, from which a run folder can be made again."""
+
+
+@dataclass(frozen=True)
 class PathsSpec:
     """Absolute paths inside the run folder. The launcher decides them; the trainer never joins its own."""
 
@@ -223,6 +233,7 @@ class TrainSpec:
     optim: OptimSpec
     parallel: ParallelSpec
     checkpoint: CheckpointSpec
+    storage: StorageSpec
     evaluate: EvaluateSpec
     paths: PathsSpec
     deepspeed: dict[str, Any]

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from .heartbeat import HEARTBEAT
 from .held_out import HeldOut
 from .loss_watch import LossWatch, NotFiniteError, not_finite, require_finite_weights, rows_of_step, what_is_not_finite
 from .metrics import peak_memory_gb
-from .model import load_model
+from .model import PackedLanguageModel, load_model
 from .profiler import StepProfiler
 from .progress import Progress, Step
 from .sampling import Sampler
-from .saver import Saver
+from .saver import Saved, Saver
 from .sequence_parallel import rank_batch
 from .spec import EXIT_INTERRUPTED, OptimSpec, Prepared, TrainError, TrainSpec, read_plan
+from .storage_copy import Copier
 from .template import ChatTemplate, load_template
 from .train_log import Log
 
@@ -52,8 +54,10 @@ def run(args: argparse.Namespace) -> None:
     prepared = Prepared.read(spec.paths.prepared)
     HEARTBEAT.beat("join the other ranks")
     ranks = init_ranks(spec)
-    stopped = train(spec, prepared, ranks, args.attempt)
+    copier = Copier(spec, ranks)
+    stopped = train(spec, prepared, ranks, args.attempt, copier)
     dist.destroy_process_group()
+    copier.finish()
     if stopped:
         raise SystemExit(EXIT_INTERRUPTED)
 
@@ -63,22 +67,13 @@ def hide_bitsandbytes() -> None:
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # None is how Python marks what cannot be imported
 
 
-def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bool:
+def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int, copier: Copier) -> bool:
     """The run from its newest verified checkpoint on. Returns True when it was asked to stop early."""
     data = TokenData.open(prepared.data_dir)
     total_steps = num_steps(data.num_rows, spec.optim, spec.parallel.dp)
     HEARTBEAT.beat("load the model")
     model = load_model(spec, prepared.model_dir, ranks.device)
-    HEARTBEAT.beat("find the checkpoint")
-    folder, skipped = checkpoint.find(spec, ranks)
-    if folder is not None:
-        checkpoint.load_weights(model, folder)
-    HEARTBEAT.beat("build the engine")
-    engine = build_engine(model, spec)
-    progress = Progress()
-    if folder is not None:
-        checkpoint.load_optimizer(engine, folder, ranks)
-        progress = Progress.of(checkpoint.read_manifest(folder).state, spec)
+    engine, progress, folder, skipped = _from_checkpoint(model, spec, ranks)
     log = Log(spec, ranks, attempt, total_steps, model)
     log.started(progress, folder, skipped, model)
     sampler = Sampler(spec, prepared, ranks)
@@ -89,9 +84,15 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     if spec.debug:
         print(first_batch_page(_template(spec, prepared), first_batch(spec, data, ranks)), flush=True)
     watch, profiler = LossWatch(spec, ranks, data), StepProfiler(spec, ranks, progress.step + 1, total_steps)
-    saver = Saver(engine, spec, ranks)
+    saver = Saver(engine, spec, ranks, lambda: copier.copying)
+    copier.offer(folder)
     losses: list[float] = []
-    with _finishing(saver, log):
+
+    def saved(ended: list[Saved]) -> None:
+        log.saved(ended)
+        copier.saved(ended)
+
+    with _finishing(saver, saved):
         while progress.step < total_steps:
             rate = learning_rate(progress.step, total_steps, spec.optim)
             set_learning_rate(engine, rate)
@@ -100,7 +101,7 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
             losses.append(step.loss)
             progress.advance(step, spec)
             done, stopping = progress.step == total_steps, step.stop_requested
-            log.saved(saver.poll())
+            saved(saver.poll())
             log.stepped(step, progress, rate, profiled=profiler.records(progress.step))
             profiler.stepped(progress.step, step, last=done or stopping)
             log.spiked(progress.step, watch.look(step, progress.step))
@@ -110,7 +111,7 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
             if done or stopping or (every and progress.step % every == 0):
                 HEARTBEAT.beat("save", progress.step, may_last=True)
                 require_finite_weights(engine, progress.step, spec, ranks)
-                log.saved(saver.save(progress.state(), last=done or stopping))
+                saved(saver.save(progress.state(), last=done or stopping))
             if held_out.is_due(progress.step) and not (stopping and not done):
                 log.held_out(progress.step, held_out.loss(engine))
             if stopping and not done:
@@ -122,14 +123,30 @@ def train(spec: TrainSpec, prepared: Prepared, ranks: Ranks, attempt: int) -> bo
     return False
 
 
+def _from_checkpoint(
+    model: PackedLanguageModel, spec: TrainSpec, ranks: Ranks
+) -> tuple[Any, Progress, Path | None, list[tuple[Path, str]]]:
+    """(engine, how far it is, the newest verified checkpoint if there is one, newer ones that were skipped and why)."""
+    HEARTBEAT.beat("find the checkpoint")
+    folder, skipped = checkpoint.find(spec, ranks)
+    if folder is not None:
+        checkpoint.load_weights(model, folder)
+    HEARTBEAT.beat("build the engine")
+    engine = build_engine(model, spec)
+    if folder is None:
+        return engine, Progress(), None, skipped
+    checkpoint.load_optimizer(engine, folder, ranks)
+    return engine, Progress.of(checkpoint.read_manifest(folder).state, spec), folder, skipped
+
+
 @contextlib.contextmanager
-def _finishing(saver: Saver, log: Log) -> Iterator[None]:
+def _finishing(saver: Saver, saved: Callable[[list[Saved]], None]) -> Iterator[None]:
     """What all ranks run into together costs no checkpoint that is still being written."""
     try:
         yield
     except NotFiniteError:
         try:
-            log.saved(saver.finish())
+            saved(saver.finish())
         except TrainError as unsaved:
             print(f"WARNING: {unsaved}", flush=True)
         raise

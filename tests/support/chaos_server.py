@@ -30,6 +30,7 @@ import trainer.engine
 import trainer.saver
 import trainer.train
 from trainer.spec import Prepared, TrainError, read_plan
+from trainer.storage_copy import Copier
 
 CHANGES = ("mkdir", "write", "fsync", "replace", "rename", "unlink", "rmdir")
 
@@ -98,7 +99,7 @@ def train_as(rank: int, order: dict[str, Any], record: Path) -> int:
     trainer.saver.Saver._begin = begin_watched  # type: ignore[method-assign]  # only in this process
     try:
         ranks = trainer.engine.init_ranks(spec)
-        trainer.train.train(spec, Prepared.read(spec.paths.prepared), ranks, order["attempt"])
+        trainer.train.train(spec, Prepared.read(spec.paths.prepared), ranks, order["attempt"], Copier(spec, ranks))
     except TrainError as e:
         print(e, flush=True)
         return e.exit_code

@@ -17,6 +17,7 @@ from trainer.spec import (
     PathsSpec,
     Prepared,
     PromptSpec,
+    StorageSpec,
     TrainSpec,
 )
 
@@ -50,6 +51,7 @@ def make_spec(run_dir: Path, prompts: tuple[PromptSpec, ...] = (), strict: bool 
         optim=OptimSpec(3.0, 0, 2, 4, 2e-4, "cosine", 0.03, 0.0, (0.9, 0.999), 1e-8, 1.0, 42, False, False),
         parallel=ParallelSpec("cpu", 2, 2, 1, 2, "none", 1, 1800),
         checkpoint=CheckpointSpec(50, 2, False, "stop"),
+        storage=StorageSpec("", ()),
         evaluate=EvaluateSpec(prompts, 12, 0, 2, 50, strict),
         paths=paths,
         deepspeed={},

@@ -17,6 +17,7 @@ from trainer.disk import write_json
 from trainer.engine import init_ranks
 from trainer.parallel_probe import PROBE, differences, probe
 from trainer.spec import Prepared, read_plan
+from trainer.storage_copy import Copier
 from trainer.train import train
 
 
@@ -26,7 +27,7 @@ def do(item: dict[str, Any]) -> None:
     prepared = Prepared.read(spec.paths.prepared)
     ranks = init_ranks(spec)
     if "probe" not in item:
-        train(spec, prepared, ranks, item.get("attempt", 1))
+        train(spec, prepared, ranks, item.get("attempt", 1), Copier(spec, ranks))
         return
     out = Path(item["probe"])
     found = probe(spec, prepared, ranks, item["steps"], out)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer.checkpoint_format import list_checkpoints
 from trainer.progress import Progress
-from trainer.saver import _prune, _rename
+from trainer.saver import _rename, prune
 
 
 def folder(root: Path, name: str, content: str = "") -> Path:
@@ -21,7 +21,7 @@ def steps(root: Path) -> list[int]:
 def test_newest_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         folder(tmp_path, f"step_{step:06d}")
-    _prune(tmp_path, newest_step=30, keep=2)
+    prune(tmp_path, newest_step=30, keep=2)
     assert steps(tmp_path) == [30, 20]
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -29,7 +29,7 @@ def test_newest_are_kept(tmp_path: Path) -> None:
 def test_later_step_that_was_skipped_on_resume_costs_no_good_one(tmp_path: Path) -> None:
     for step in (20, 25, 30):
         folder(tmp_path, f"step_{step:06d}")
-    _prune(tmp_path, newest_step=25, keep=1)
+    prune(tmp_path, newest_step=25, keep=1)
     assert steps(tmp_path) == [30, 25]
 
 

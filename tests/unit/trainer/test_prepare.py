@@ -23,6 +23,7 @@ from trainer.spec import (
     ParallelSpec,
     PathsSpec,
     Prepared,
+    StorageSpec,
     TrainError,
     TrainSpec,
 )
@@ -71,6 +72,7 @@ def make(model, data_file, tmp_path):
             optim=OptimSpec(1.0, 0, 1, 1, 1e-4, "cosine", 0.0, 0.0, (0.9, 0.999), 1e-8, 1.0, 0, False, False),
             parallel=ParallelSpec("cpu", 1, 1, 1, 2, "none", 1, 60),
             checkpoint=CheckpointSpec(0, 2, False, "stop"),
+            storage=StorageSpec("", ()),
             evaluate=EvaluateSpec((), 16, 0, 2, 0, False),
             paths=PathsSpec(run_dir=str(run), **{n: str(run / n) for n in names}),
             deepspeed={},

@@ -1,0 +1,82 @@
+"""`launch runs fetch URL`: a run that was copied to a bucket (`storage:`) as a run folder of this machine again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from trainer.checkpoint_format import newest_verified
+from trainer.disk import new_folder
+from trainer.storage import Storage
+
+from .errors import LaunchError
+from .recipe_schema import PATTERNS, STORAGE_URL
+from .run_dir import RunDir, read_json, write_json
+from .status import RUNNING, STOPPED, Attempt, Status, read_status
+
+_LATER = ("events.jsonl", "metrics.jsonl", "env.json")
+"""Good to have; a run goes on without."""
+
+
+def is_url(name: str) -> bool:
+    """Whether RUN names a folder in a bucket rather than one of this machine."""
+    return "://" in name
+
+
+def fetch(url: str, runs_dir: Path) -> RunDir:
+    """The run folder, with the newest whole checkpoint that is in the bucket. One that is here already only gets that.
+
+    Raises LaunchError for a URL that names no run, and for a run that is running; TrainError where the bucket cannot be read.
+    """
+    if not re.fullmatch(STORAGE_URL, url):
+        raise LaunchError(
+            f"{url!r} is no place of runs", f"Write {PATTERNS[STORAGE_URL].removeprefix('a URL: ')}, and the run's id."
+        )
+    storage = Storage(url)
+    steps = storage.steps()
+    if not steps:
+        raise LaunchError(f"{url} holds no checkpoint", "Give the URL of the run: what storage.url names, and its id.")
+    run = RunDir((runs_dir / url.rstrip("/").rpartition("/")[2]).absolute())
+    if run.status.is_file():
+        _require_ended(run)
+    else:
+        _make_folder(storage, run)
+    step, path = steps[0]
+    own, _ = newest_verified(run.checkpoints)
+    if own is not None and int(own.name.removeprefix("step_")) >= step:
+        print(f"{run.run_id}: {own.name} is here already and whole")
+        return run
+    damaged = run.checkpoints / path.rpartition("/")[2]
+    if damaged.exists():
+        damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
+    fetched = storage.fetch_checkpoint(path, run.checkpoints)
+    print(f"{run.run_id}: fetched {fetched.name} from {url}, every byte compared with its manifest")
+    return run
+
+
+def _require_ended(run: RunDir) -> None:
+    status = read_status(run)
+    if status.state == RUNNING:
+        raise LaunchError(f"{run.run_id} is running (pid {status.pid})", f"Watch it: launch runs watch {run.root}")
+
+
+def _make_folder(storage: Storage, run: RunDir) -> None:
+    """Everything but checkpoints, as it was when the newest one was copied; the run counts as stopped since then."""
+    with new_folder(run.root) as partial:
+        missing = storage.fetch_files((path.name for path in run.taken_along), partial)
+        needed = sorted(set(missing) - set(_LATER))
+        if needed:
+            raise LaunchError(
+                f"{storage.url} has no {', '.join(needed)}: a run folder cannot be made of it",
+                "Its checkpoints are whole: copy one into checkpoints/ of a run of the same recipe, and resume that.",
+            )
+        there = RunDir(partial)
+        data = read_json(there.status)
+        status = Status(**{**data, "attempts": [Attempt(**row) for row in data["attempts"]]})
+        status.state, status.stage, status.pid, status.exit_code = STOPPED, "", 0, None
+        status.stages = dict.fromkeys(status.stages, "waiting")
+        last = status.attempts[-1]
+        last.cause, last.ended, last.message = "stopped", status.updated, f"fetched from {storage.url}"
+        status.unreachable_since = status.next_attempt_at = None
+        write_json(there.status, dataclasses.asdict(status))
