@@ -33,6 +33,7 @@ def collect(packages: list[str], folders: list[str], files: list[str]) -> dict[s
         "code": code_digest(),
         "cuda": _cuda_of_torch(),
         "inventory": read_inventory().to_dict(),
+        "memory_free_gb": _free_memory_gb(),
         "folders": {folder: _folder(Path(folder)) for folder in folders},
         "files": {file: _content(Path(file)) for file in files},
         "addresses": addresses(),
@@ -47,6 +48,19 @@ def code_digest() -> str:
         for path in sorted((root / package).glob("*.py")):
             digest.update(f"{package}/{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _free_memory_gb() -> float:
+    """Memory that further processes may take here, in 2**30 bytes: what the kernel can free counts, and a container's limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no control group of version 2, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - used + (int(cached[1]) if cached else 0))
+    return free / 2**30
 
 
 def _version(package: str) -> str | None:
@@ -104,7 +118,7 @@ def _content(path: Path) -> str | None:
 
 def addresses() -> list[tuple[str, str]]:
     """(interface, IPv4 or global IPv6 address) of every interface but the loopback, as others may reach this host."""
-    import psutil  # here: no other code of this package needs it
+    import psutil
 
     found = []
     for interface, entries in psutil.net_if_addrs().items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .inventory import Inventory
@@ -15,7 +15,13 @@ from .node_link import NodeLink, ask_all, close_all, log_of, open_links
 CLOCK_SKEW_S = 5.0
 """Of two hosts. More, and files and log lines of one seem to come from the other's future."""
 LOW_DISK_GB = 2.0
+LOW_MEMORY_GB = 1.0
+"""In 2**30 bytes. Less free than this, and not even a rank's own program fits; what a run needs is estimated in its plan."""
 SHARED_HINT = "Put it on a file system that all hosts mount at the same path (NFS, Lustre, ...)"
+OWN_PACKAGE = "tunelaunch"
+Ask = Callable[[str, list[dict[str, Any]]], list[Any]]
+"""(what, arguments for each host) -> the answer of each host, asked at the same time. What: report (`node_report.collect`),
+or write_tokens, missing_tokens, remove_tokens of the same module."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class HostReport:
     """Shared folder -> why nothing could be written there."""
     unseen: Mapping[str, Sequence[str]]
     """Shared folder -> hosts whose token could not be read there."""
+    computes: bool = True
+    """Ranks may run there. Else only what it shares with the others counts: folders, files, clock and our own code."""
 
     @property
     def inventory(self) -> Inventory:
@@ -76,31 +84,40 @@ def survey(
 
 
 def _ask(links: list[NodeLink], questions: Questions, wait_s: float) -> tuple[HostReport, ...]:
-    everyone = range(len(links))
     ahead = [_clock_ahead_s(link, wait_s) for link in links]
+    hosts = [link.host for link in links]
+    reports = put_questions(hosts, lambda what, given: ask_all(links, what, wait_s, given), questions)
+    return tuple(replace(report, clock_ahead_s=s) for report, s in zip(reports, ahead, strict=True))
+
+
+def put_questions(hosts: Sequence[str], ask: Ask, questions: Questions) -> list[HostReport]:
+    """What every host has, and whether each reads what the others write. Clocks are not compared here: 0 for all.
+
+    Raises what `ask` raises. Side effect: see `survey`.
+    """
+    everyone = range(len(hosts))
     folders, files = list(questions.shared_folders), list(questions.files)
     asked = {"packages": list(questions.packages), "folders": folders, "files": files}
-    reports = ask_all(links, "report", wait_s, [asked for _ in links])
+    reports = ask("report", [asked for _ in hosts])
     nonce = secrets.token_hex(8)
     names = [f".tunelaunch-{nonce}-{number}" for number in everyone]
     try:
-        unwritable = ask_all(links, "write_tokens", wait_s, [{"folders": folders, "name": names[i]} for i in everyone])
-        written = [i for i in everyone if not unwritable[i]]
-        looked_for = [{"folders": folders, "names": [names[i] for i in written]} for _ in links]
-        missing = ask_all(links, "missing_tokens", wait_s, looked_for)
+        unwritable = ask("write_tokens", [{"folders": folders, "name": name} for name in names])
+        written = [names[i] for i in everyone if not unwritable[i]]
+        missing = ask("missing_tokens", [{"folders": folders, "names": written} for _ in hosts])
     finally:
-        ask_all(links, "remove_tokens", wait_s, [{"folders": folders, "name": names[i]} for i in everyone])
-    host_of = {names[i]: links[i].host for i in everyone}
-    return tuple(
+        ask("remove_tokens", [{"folders": folders, "name": name} for name in names])
+    host_of = dict(zip(names, hosts, strict=True))
+    return [
         HostReport(
-            host=links[i].host,
+            host=hosts[i],
             report=reports[i],
-            clock_ahead_s=ahead[i],
+            clock_ahead_s=0.0,
             unwritable=unwritable[i],
             unseen={folder: [host_of[name] for name in lost] for folder, lost in missing[i].items()},
         )
         for i in everyone
-    )
+    ]
 
 
 def _clock_ahead_s(link: NodeLink, wait_s: float) -> float:
@@ -117,7 +134,8 @@ def compare(reports: Sequence[HostReport], questions: Questions) -> list[Finding
     for other in reports[1:]:
         findings += _versions(first, other, questions)
     for host in reports:
-        findings += _folders(host, questions)
+        findings += _memory(host)
+        findings += _folders(host, reports, questions)
         findings += _files(first, host, questions)
     findings += _clocks(reports)
     return findings
@@ -125,9 +143,11 @@ def compare(reports: Sequence[HostReport], questions: Questions) -> list[Finding
 
 def _versions(first: HostReport, other: HostReport, questions: Questions) -> list[Finding]:
     findings = []
-    pairs = {"Python": (first.report["python"], other.report["python"])}
-    pairs |= {name: (first.report["packages"][name], other.report["packages"][name]) for name in questions.packages}
-    pairs["torch's CUDA"] = (first.report["cuda"], other.report["cuda"])
+    compared = [name for name in questions.packages if other.computes or name == OWN_PACKAGE]
+    pairs = {name: (first.report["packages"][name], other.report["packages"][name]) for name in compared}
+    if other.computes:
+        python, cuda = ((first.report[key], other.report[key]) for key in ("python", "cuda"))
+        pairs = {"Python": python, **pairs, "torch's CUDA": cuda}
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             here, there = (value or "none" for value in (ours, theirs))
@@ -140,7 +160,7 @@ def _versions(first: HostReport, other: HostReport, questions: Questions) -> lis
                     f"{other.report['executable']}: {install}",
                 )
             )
-    same_version = not any(f.message.startswith("tunelaunch ") for f in findings)
+    same_version = not any(f.message.startswith(f"{OWN_PACKAGE} ") for f in findings)
     if same_version and other.report["code"] != first.report["code"]:
         findings.append(
             Finding(
@@ -152,14 +172,26 @@ def _versions(first: HostReport, other: HostReport, questions: Questions) -> lis
     return findings
 
 
-def _folders(host: HostReport, questions: Questions) -> list[Finding]:
+def _memory(host: HostReport) -> list[Finding]:
+    free_gb = host.report["memory_free_gb"]
+    if not host.computes or free_gb >= LOW_MEMORY_GB:
+        return []
+    return [
+        Finding(
+            host.host,
+            f"{free_gb:.1f} GB of its {host.inventory.memory_gb:.0f} GB of memory are free",
+            f"End other programs there (ps aux --sort -rss): at least {LOW_MEMORY_GB:g} GB are needed.",
+        )
+    ]
+
+
+def _folders(host: HostReport, reports: Sequence[HostReport], questions: Questions) -> list[Finding]:
     findings = []
     for folder, hint in questions.shared_folders.items():
         there = host.report["folders"][folder]
         if folder in host.unwritable:
             findings.append(Finding(host.host, f"cannot write to {folder}: {host.unwritable[folder]}", hint))
-        elif folder in host.unseen:
-            others = ", ".join(host.unseen[folder])
+        elif others := ", ".join(_unseen(host, reports, folder)):
             findings.append(
                 Finding(host.host, f"{folder} is another folder there: what {others} wrote into it is not seen", hint)
             )
@@ -168,6 +200,13 @@ def _folders(host: HostReport, questions: Questions) -> list[Finding]:
                 Finding(host.host, f"{there['free_gb']:.1f} GB free at {folder}", f"Free at least {LOW_DISK_GB:g} GB.")
             )
     return findings
+
+
+def _unseen(host: HostReport, reports: Sequence[HostReport], folder: str) -> list[str]:
+    """Hosts whose token is not there, without those that lie elsewhere themselves: that is told of them, once."""
+    measure = next((r.host for r in reports if not r.unwritable), "")
+    elsewhere = {r.host for r in reports if measure in r.unseen.get(folder, ())}
+    return [other for other in host.unseen.get(folder, ()) if host.host in elsewhere or other not in elsewhere]
 
 
 def _files(first: HostReport, host: HostReport, questions: Questions) -> list[Finding]:
@@ -202,9 +241,12 @@ def host_table(reports: Sequence[HostReport]) -> str:
     rows = [("host", "name", "devices", "cores", "memory", "Python", "clock")]
     for r in reports:
         inventory = r.inventory
-        names = [d.name for d in inventory.devices if not d.mig_mode]
-        devices = ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "no GPU"
-        memory = f"{inventory.memory_gb:.0f} GB"
+        free_gb: dict[str, list[float]] = {}
+        for device in inventory.devices:
+            if not device.mig_mode:
+                free_gb.setdefault(device.name, []).append(device.memory_free_gb)
+        devices = ", ".join(f"{len(gb)} x {name} ({min(gb):.0f} GB free)" for name, gb in free_gb.items()) or "no GPU"
+        memory = f"{r.report['memory_free_gb']:.0f} of {inventory.memory_gb:.0f} GB free"
         rows.append(
             (
                 r.host,

@@ -24,6 +24,15 @@ class RayNode:
 
 
 @dataclass(frozen=True)
+class PerNode:
+    """What a run asks of each of its nodes."""
+
+    processes: int
+    on_gpus: bool
+    """Each process has a GPU."""
+
+
+@dataclass(frozen=True)
 class Placement:
     """How a job's processes are spread: a strategy of Ray's, and the node of each process where that is decided here."""
 
@@ -44,6 +53,31 @@ def cpus_reason(node_cpus: int, shares: int) -> str:
     if node_cpus > shares:
         return f"{result} = ({node_cpus} of the node - {RAY_CPUS} for Ray) / {shares}"
     return f"{result} = {node_cpus} of the node / {shares}, at least 1"
+
+
+def cpu_shares(node: RayNode, wanted: PerNode) -> int:
+    """Into how many parts the CPUs of a node are divided: a GPU brings its share along, whoever uses the others."""
+    return max(wanted.processes, int(node.gpus)) if wanted.on_gpus else wanted.processes
+
+
+def carriers(nodes: Sequence[RayNode], wanted: PerNode) -> list[RayNode]:
+    """The nodes that can carry a whole share; every process asks for at least one CPU."""
+    return [n for n in nodes if n.cpus >= wanted.processes and (not wanted.on_gpus or n.gpus >= wanted.processes)]
+
+
+def smallest(nodes: Sequence[RayNode], wanted: PerNode) -> RayNode | None:
+    """Of the carriers, the one that decides how many CPUs every process asks for; None without any."""
+    able = carriers(nodes, wanted)
+    return min(able, key=lambda n: cpus_of_process(int(n.cpus), cpu_shares(n, wanted)), default=None)
+
+
+def candidates(nodes: Sequence[RayNode], wanted: PerNode) -> tuple[RayNode, ...]:
+    """All nodes on which Ray may start a process of the run. More than carry training: other stages are one process."""
+    decides = smallest(nodes, wanted)
+    if decides is None:
+        return ()
+    cpus = cpus_of_process(int(decides.cpus), cpu_shares(decides, wanted))
+    return tuple(n for n in nodes if n.cpus >= cpus and n.gpus >= int(wanted.on_gpus))
 
 
 def shares(job: JobSpec) -> tuple[int, ...]:

@@ -38,7 +38,14 @@ from .layout import Layout, decide_layout, simplest_layout
 from .memory import MemoryEstimate, inputs_of
 from .model_facts import ModelFacts
 from .model_source import SourceRef
-from .plan_memory import budget_gb, estimate_plan, has_room_for_a_copy, memory_warnings
+from .plan_memory import (
+    FreeMemory,
+    budget_gb,
+    estimate_plan,
+    free_memory_warnings,
+    has_room_for_a_copy,
+    memory_warnings,
+)
 from .recipe import LoadedRecipe
 from .recipe_schema import Recipe
 from .run_dir import RunDir
@@ -70,6 +77,8 @@ class Options:
     """(name, reason) of what was decided about where it runs."""
     compiler: str = ""
     """What torch.compile would call on this machine; "" for nothing."""
+    free_memory: tuple[FreeMemory, ...] = ()
+    """Of the hosts that may carry training, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,7 @@ def plan_run(
         *layout.warnings,
         *_crossing_warnings(options.nodes, layout.sp),
         *memory_warnings(spec, memory, selection, facts, options.host_memory_gb),
+        *free_memory_warnings(memory, selection.kind, options.free_memory),
     ]
     reasons = [
         Reason("model", _model_line(source, facts, recipe)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.inventory import Selection
 from trainer.spec import TrainSpec
@@ -10,6 +10,17 @@ from trainer.spec import TrainSpec
 from .memory import MemoryEstimate, MemoryInputs, checkpoint_copy, estimate, inputs_of
 from .memory_change import smallest_change
 from .model_facts import ModelFacts
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """What one of several hosts has free now."""
+
+    host: str
+    free_gb: float
+    """In 2**30 bytes."""
+    num_processes: int
+    """Of the run, on that host."""
 
 
 def estimate_plan(spec: TrainSpec, facts: ModelFacts | None) -> MemoryEstimate | None:
@@ -62,3 +73,16 @@ def memory_warnings(
         needing = " and ".join(what) + (" needs" if len(what) == 1 else " need")
         warnings.append(f"{needing} about {moved:.0f} GB of CPU memory, this host has {host_gb:.0f} GB")
     return warnings
+
+
+def free_memory_warnings(memory: MemoryEstimate | None, kind: str, hosts: tuple[FreeMemory, ...]) -> list[str]:
+    """A line for each of several hosts whose memory others use at the moment. `kind`: of the devices, cpu or cuda."""
+    if memory is None:
+        return []
+    each_gb = memory.total_gb if kind == "cpu" else sum(term.gb for term in memory.host_terms)
+    return [
+        f"about {each_gb * host.num_processes:.1f} GB of memory are needed on {host.host}, which has {host.free_gb:.1f} GB free: "
+        "end other programs there, or choose another host"
+        for host in hosts
+        if each_gb * host.num_processes > host.free_gb
+    ]

@@ -56,14 +56,25 @@ def runs_dir() -> Path:
     return Path(os.environ.get("TUNELAUNCH_RUNS") or "runs")
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A recipe, and where its run will take place."""
+
+    loaded: Any
+    source: Any
+    run: RunDir
+    where: Any
+
+
 def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, RunDir]:
     """(plan, loaded recipe, run folder); nothing is written. Raises LaunchError, PlanError or ClusterError."""
-    from cluster.environment import environment_warnings
+    placed = find_place(request, run)
+    return plan_placed(request, placed), placed.loaded, placed.run
 
-    from .compiler import find_compiler
-    from .model_facts import read_facts
+
+def find_place(request: Request, run: RunDir | None = None) -> Placed:
+    """The first half of `make_plan`: read the recipe, and ask the hosts. Raises as it does."""
     from .model_source import resolve_source
-    from .plan import Options, plan_run
     from .recipe import load_recipe
     from .recipe_library import find
     from .where import Flags, choose
@@ -75,9 +86,19 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
         name = recipe.run.name or loaded.files[0].stem
         run = RunDir((request.run_dir or Path(recipe.run.dir) / new_run_id(name)).absolute())
     flags = Flags(request.gpus, request.cpu, request.backend, request.nodes, request.debug, request.hosts)
-    where = choose(flags, recipe, source, run.root, cache_dir())
-    selection = where.selection
-    facts = read_facts(source, recipe.model.revision)
+    return Placed(loaded, source, run, choose(flags, recipe, source, run.root, cache_dir()))
+
+
+def plan_placed(request: Request, placed: Placed) -> Any:
+    """The other half: the plan. Raises as it does."""
+    from cluster.environment import environment_warnings
+
+    from .compiler import find_compiler
+    from .model_facts import read_facts
+    from .plan import Options, plan_run
+
+    where, selection = placed.where, placed.where.selection
+    facts = read_facts(placed.source, placed.loaded.recipe.model.revision)
     options = Options(
         backend=where.backend,
         nodes=where.nodes,
@@ -90,10 +111,11 @@ def make_plan(request: Request, run: RunDir | None = None) -> tuple[Any, Any, Ru
         warnings=tuple(environment_warnings(os.environ)),
         profile_steps=request.profile_steps,
         compiler=find_compiler(selection.kind, os.environ),
+        free_memory=where.free_memory,
     )
-    plan = plan_run(loaded, selection, source, facts, run, options)
+    plan = plan_run(placed.loaded, selection, placed.source, facts, placed.run, options)
     _check_profile(request.profile_steps, plan.spec.optim.max_steps)
-    return plan, loaded, run
+    return plan
 
 
 def parse_profile(text: str) -> tuple[int, ...]:

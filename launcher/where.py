@@ -10,9 +10,11 @@ from typing import Any
 from cluster.inventory import Selection, cpu_selection, select
 from cluster.job import Meeting, RayRequest
 from cluster.nodes import Node, combined
+from cluster.preflight import HostReport, Questions
 
 from .errors import LaunchError
 from .model_source import SourceRef
+from .plan_memory import FreeMemory
 from .recipe_schema import Recipe
 
 COMPARED_PACKAGES = (
@@ -58,19 +60,44 @@ class Where:
     """What each job asks of Ray, where that is the backend."""
     reasons: tuple[tuple[str, str], ...] = ()
     """(name, text) for the plan: why there."""
+    reports: tuple[HostReport, ...] = ()
+    """What the hosts that were asked have; empty: this host alone."""
+    free_memory: tuple[FreeMemory, ...] = ()
+    """Of the hosts that may carry training, where there are several."""
 
 
 def choose(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cache: Path) -> Where:
     """Raises LaunchError for flags that contradict each other, PlanError for hosts that do not fit together, ClusterError for devices."""
     backend = "debug" if flags.debug else flags.backend or ("ssh" if flags.hosts else "torchrun")
-    _check(flags, backend)
-    if backend == "ssh":
-        return _on_hosts(flags, recipe, source, run_root, cache)
+    require_consistent(flags, backend)
+    if backend not in ("ssh", "ray"):
+        return on_this_host(flags, backend)
+    files = tuple(dict.fromkeys((*_data_files(recipe), *_model_files(source))))
+    return on_several(flags, backend, meeting_of(recipe), questions_of(run_root, cache, source.kind, files))
+
+
+def questions_of(run_root: Path, cache: Path, kind: str, files: tuple[str, ...]) -> Questions:
+    """What hosts that carry a run are asked. `kind`: of the model's source."""
+    from .hosts import questions_for, shared_folders
+
+    return questions_for(shared_folders(run_root, cache, kind), files, COMPARED_PACKAGES)
+
+
+def on_several(flags: Flags, backend: str, meeting: Meeting, questions: Questions) -> Where:
+    """Under ssh or Ray, with what the hosts answered to `questions`. Raises as `choose`."""
     if backend == "ray":
         from .ray_place import choose_ray
 
-        return choose_ray(flags, recipe.cluster.wait_s, os.environ)
-    return on_this_host(flags, backend)
+        return choose_ray(flags, meeting.wait_s, os.environ, questions)
+    from .hosts import gather, parse_hosts
+
+    nodes, reports = gather(parse_hosts(flags.hosts, flags.gpus, flags.cpu), questions, meeting)
+    memory_gb = min(report.inventory.memory_gb for report in reports)
+    free = tuple(
+        FreeMemory(node.host, report.report["memory_free_gb"], node.selection.num_processes)
+        for node, report in zip(nodes, reports, strict=True)
+    )
+    return Where("ssh", combined(nodes), nodes, memory_gb, reports=reports, free_memory=free)
 
 
 def on_this_host(flags: Flags, backend: str) -> Where:
@@ -96,8 +123,14 @@ def require_one_kind(gpus: str | None, cpu: int | None) -> None:
         raise LaunchError("--gpus and --cpu contradict each other", "Give one of them.")
 
 
-def _check(flags: Flags, backend: str) -> None:
+def require_consistent(flags: Flags, backend: str) -> None:
+    """Raises LaunchError for flags that do not go together under this backend."""
     require_one_kind(flags.gpus, flags.cpu)
+    if flags.hosts and backend == "ray":
+        raise LaunchError(
+            "--hosts goes with --backend ssh, not with ray",
+            "Leave one of them out: Ray chooses among its own nodes, --nodes M says on how many.",
+        )
     if flags.hosts and backend != "ssh":
         raise LaunchError(
             f"--hosts goes with --backend ssh, not with {backend}",
@@ -107,17 +140,6 @@ def _check(flags: Flags, backend: str) -> None:
         raise LaunchError("--backend ssh needs hosts", "Name them: --hosts a:0,1 --hosts b:0,1")
     if backend != "ray" and flags.nodes > 1 and not (flags.hosts and flags.nodes == len(flags.hosts)):
         raise LaunchError(f"--nodes {flags.nodes}: which ones?", "Name them: --hosts a:0,1 --hosts b:0,1")
-
-
-def _on_hosts(flags: Flags, recipe: Recipe, source: SourceRef, run_root: Path, cache: Path) -> Where:
-    from .hosts import gather, parse_hosts, questions_for, shared_folders
-
-    choices = parse_hosts(flags.hosts, flags.gpus, flags.cpu)
-    files = tuple(dict.fromkeys((*_data_files(recipe), *_model_files(source))))
-    questions = questions_for(shared_folders(run_root, cache, source.kind), files, COMPARED_PACKAGES)
-    nodes, reports = gather(choices, questions, meeting_of(recipe))
-    memory_gb = min(report.inventory.memory_gb for report in reports)
-    return Where("ssh", combined(nodes), nodes, memory_gb)
 
 
 def meeting_of(recipe: Recipe) -> Meeting:

@@ -58,8 +58,13 @@ class RayNodes:
 
 
 @contextlib.contextmanager
-def ray_nodes(folder: Path, hosts: Sequence[Host] = (), num_cpus: int = 2) -> Iterator[RayNodes]:
-    """A head on the first of `hosts` and a node on each other; none: one node on this host, on a port of its own."""
+def ray_nodes(
+    folder: Path, hosts: Sequence[Host] = (), num_cpus: int = 2, of_last: Path | None = None
+) -> Iterator[RayNodes]:
+    """A head on the first of `hosts` and a node on each other; none: one node on this host, on a port of its own.
+
+    `of_last`: a folder that comes first on the import path of the last node.
+    """
     token = folder / "cluster_token"
     token.write_text("5" * 64, encoding="utf-8")
     session = Path(tempfile.mkdtemp(prefix="tlr", dir="/tmp"))  # sockets lie in it: their paths must be short
@@ -75,7 +80,10 @@ def ray_nodes(folder: Path, hosts: Sequence[Host] = (), num_cpus: int = 2) -> It
     for index, address in enumerate(addresses):
         which = ["--head", f"--port={port}", "--include-dashboard=false"] if index == 0 else []
         which += [f"--temp-dir={session}"] if index == 0 else [f"--address={joined}"]
-        commands.append([*(hosts[index].prefix if hosts else ()), *start, *which, f"--node-ip-address={address}"])
+        prefix = hosts[index].prefix if hosts else ()
+        if of_last is not None and index == len(addresses) - 1:
+            prefix = (*prefix, "env", f"PYTHONPATH={of_last}{os.pathsep}{env['PYTHONPATH']}")
+        commands.append([*prefix, *start, *which, f"--node-ip-address={address}"])
     found = RayNodes(joined, {**env, "RAY_ADDRESS": joined}, commands, folder)
     try:
         for index in range(len(commands)):

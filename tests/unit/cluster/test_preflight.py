@@ -9,7 +9,7 @@ import pytest
 
 from cluster.inventory import Inventory
 from cluster.node_report import collect
-from cluster.preflight import HostReport, Questions, compare, host_table
+from cluster.preflight import HostReport, Questions, compare, host_table, put_questions
 
 QUESTIONS = Questions(("torch", "tunelaunch"), {"/data/runs": "Use --run-dir."}, ("/data/my.jsonl",))
 
@@ -23,6 +23,7 @@ def host(name: str, ahead_s: float = 0.0, **changed: Any) -> HostReport:
         "code": "c0de",
         "cuda": "12.8",
         "inventory": Inventory("cpu", (), 8, 64.0).to_dict(),
+        "memory_free_gb": 50.0,
         "folders": {"/data/runs": {"nearest": "/data/runs", "free_gb": 100.0, "problem": ""}},
         "files": {"/data/my.jsonl": "d1"},
     }
@@ -65,6 +66,7 @@ def test_equal_hosts_fit() -> None:
             "0.4 GB free at /data/runs",
             "Free at least 2 GB.",
         ),
+        ({"memory_free_gb": 0.3}, "0.3 GB of its 64 GB of memory are free", "End other programs"),
     ],
 )
 def test_a_difference_is_told_once_with_both_values_and_the_fix(
@@ -91,6 +93,35 @@ def test_a_folder_that_is_not_shared_or_not_writable_is_told() -> None:
     )
     ((name, said, _),) = told(host("a"), locked)
     assert (name, said) == ("b", "cannot write to /data/runs: Permission denied")
+
+
+def test_of_many_hosts_only_the_one_that_lies_elsewhere_is_told() -> None:
+    a, b, c = (dataclasses.replace(host(name), unseen={"/data/runs": ["c"]}) for name in "abc")
+    c = dataclasses.replace(c, unseen={"/data/runs": ["a", "b"]})
+    assert [(name, said) for name, said, _ in told(a, b, c)] == [
+        ("c", "/data/runs is another folder there: what a, b wrote into it is not seen")
+    ]
+
+
+def test_the_questions_reach_every_host_and_tokens_are_taken_away_again() -> None:
+    asked: list[tuple[str, int]] = []
+    written: dict[str, int] = {}
+
+    def ask(what: str, given: list[dict[str, Any]]) -> list[Any]:
+        asked.append((what, len(given)))
+        if what == "write_tokens":
+            written.update((g["name"], i) for i, g in enumerate(given))
+            return [{}, {}, {"/data/runs": "Permission denied"}]
+        if what == "missing_tokens":  # the second host sees its own only
+            lost = [name for name in given[1]["names"] if written[name] != 1]
+            return [{}, {"/data/runs": lost}, {}]
+        return [{"host": i} for i in range(3)]
+
+    reports = put_questions(["a", "b", "c"], ask, QUESTIONS)
+    assert asked == [("report", 3), ("write_tokens", 3), ("missing_tokens", 3), ("remove_tokens", 3)]
+    assert [r.report["host"] for r in reports] == [0, 1, 2]
+    assert [r.unseen for r in reports] == [{}, {"/data/runs": ["a"]}, {}]
+    assert reports[2].unwritable == {"/data/runs": "Permission denied"}
 
 
 def test_a_file_that_no_host_has_is_told_for_each() -> None:

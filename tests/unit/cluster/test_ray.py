@@ -16,7 +16,9 @@ import pytest
 from cluster import logs, ray_local
 from cluster.job import ClusterError, JobReport, JobSpec, NodeShare, RayRequest
 from cluster.outcome import job_status
-from cluster.ray_nodes import find_cluster, nodes_from_json
+from cluster.preflight import HostReport
+from cluster.ray_nodes import ClusterNode, Survey, clock_offset, find_cluster, survey_from_json
+from cluster.ray_placement import RayNode
 from cluster.ray_report import SNAPSHOT, Reporter, forget_missing
 from cluster.ray_worker import interface_of, worker_env
 
@@ -146,13 +148,24 @@ def test_the_cluster_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_the_nodes_say_is_read_back_and_errors_are_raised() -> None:
-    ray = {"node_id": "i", "address": "a", "cpus": 2.0, "gpus": 0.0, "free_cpus": 1.0, "free_gpus": 0.0}
+    ray = RayNode("i", "a", 2.0, 0.0, 1.0, 0.0)
     inventory = {"kind": "cpu", "devices": [], "cpu_count": 2, "memory_gb": 4.0, "problem": ""}
-    (node,) = nodes_from_json(json.dumps({"nodes": [{"ray": ray, "inventory": inventory}]}))
-    assert (node.ray.free_cpus, node.inventory.memory_gb) == (1.0, 4.0)
+    report = HostReport("a", {"inventory": inventory}, 0.25, {}, {"/runs": ["b"]})
+    here = dataclasses.replace(report, host="this host", computes=False)
+    survey = Survey((ClusterNode(ray, report), ClusterNode(ray, None)), here)
+    assert survey_from_json(json.dumps(dataclasses.asdict(survey))) == survey
+    assert [r.host for r in survey.reports] == ["a", "this host"]
+    assert survey.reports[0].inventory.memory_gb == 4.0
     with pytest.raises(ClusterError, match="gone") as e:
-        nodes_from_json(json.dumps({"error": {"message": "gone", "hint": "look", "exit_code": 75}}))
+        survey_from_json(json.dumps({"error": {"message": "gone", "hint": "look", "exit_code": 75}}))
     assert (e.value.hint, e.value.exit_code) == ("look", 75)
+
+
+def test_the_offset_of_a_clock_and_how_exact_it_is() -> None:
+    # 2 s there, 10 s ahead; 0.5 s on the way to it and 1.5 s back.
+    error_s, ahead_s = clock_offset(100.0, 110.5, 112.5, 104.0)
+    assert (error_s, ahead_s) == (1.0, 9.5)
+    assert clock_offset(100.0, 100.1, 103.1, 103.2) == pytest.approx((0.1, 0.0))
 
 
 def test_the_interface_of_an_address() -> None:
