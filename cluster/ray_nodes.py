@@ -245,12 +245,14 @@ def _task_on(node: RayNode) -> Any:
 
 
 def _trouble(node: RayNode, error: Exception) -> ClusterError:
+    from ray.exceptions import RayTaskError
+
     said = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return ClusterError(
-        f"the node {node.address} does not say what it has: {said}",
-        "The same tunelaunch must be installed on every node, in the environment in which Ray was started.",
-        EXIT_USER,
-    )
+    message = f"the node {node.address} does not say what it has: {said}"
+    if isinstance(error, RayTaskError):  # it was asked, and could not tell
+        hint = "The same tunelaunch must be installed on every node, in the environment in which Ray was started."
+        return ClusterError(message, hint, EXIT_USER)
+    return ClusterError(message, "It may be down, or Ray on it: ray status.", EXIT_RETRY)
 
 
 def clock_offset(sent: float, began: float, ended: float, heard: float) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -205,7 +206,11 @@ def _ask(address: str, share: PerNode | None, questions: Questions, wait_s: floa
     said = questions_to_json(share, questions, wait_s) if share else ""
     limit_s = JOIN_TIMEOUT_S + _QUESTIONS * wait_s
     try:
-        done = subprocess.run(argv, input=said, capture_output=True, text=True, timeout=limit_s, check=False)
+        # Ray puts the current folder on the import path of its workers: here the user's, which may hold a `cluster.py`.
+        with tempfile.TemporaryDirectory(prefix="tunelaunch-survey-") as empty:
+            done = subprocess.run(
+                argv, input=said, capture_output=True, text=True, timeout=limit_s, check=False, cwd=empty
+            )
     except subprocess.TimeoutExpired:
         raise LaunchError(
             f"the Ray cluster at {address} did not say what it has within {limit_s:g} s", "Check ray status.", 75

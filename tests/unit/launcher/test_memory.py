@@ -11,6 +11,7 @@ import pytest
 from launcher.memory import GB, MemoryEstimate, MemoryInputs, estimate
 from launcher.memory_change import smallest_change
 from launcher.model_facts import ModelFacts, read_facts, resolve_source
+from launcher.plan_memory import FreeMemory, free_memory_warnings
 
 SEVEN_B = "Qwen/Qwen2.5-7B-Instruct"
 EMBEDDING = 152064 * 3584 * 2 / GB
@@ -311,3 +312,15 @@ def test_the_copy_is_the_first_that_goes_where_memory_is_short() -> None:
     change = smallest_change(case, estimate(case).total_gb - 1)
     assert change is not None
     assert (change.key, change.value) == ("checkpoint.async", "false")
+
+
+def test_a_host_whose_memory_others_use_is_warned_about() -> None:
+    hosts = (FreeMemory("a", 200.0, 2), FreeMemory("b", 10.0, 2))
+    on_cpu = full(device="cpu", zero_stage=3, dp=4)
+    (said,) = free_memory_warnings(estimate(on_cpu), "cpu", hosts)
+    needed = estimate(on_cpu).total_gb * 2
+    assert said.startswith(f"about {needed:.1f} GB of memory are needed on b, which has 10.0 GB free: ")
+    assert free_memory_warnings(estimate(inputs()), "cuda", hosts) == []
+    (said,) = free_memory_warnings(estimate(full(offload="optimizer", dp=4)), "cuda", hosts)
+    assert "on b, which has 10.0 GB free" in said
+    assert free_memory_warnings(None, "cpu", hosts) == []
