@@ -64,17 +64,17 @@ def join_cluster(flags: Flags, wait_s: float, address: str, questions: Questions
     """
     survey = _ask(address, _wanted(flags), questions, wait_s)
     where = on_cluster(flags, wait_s, address, survey)
-    if problems := misfits(survey, questions):
+    if problems := misfits(survey, questions, bool(where.ray and where.ray.gpus_per_process)):
         raise PlanError(problems)
     return where
 
 
-def misfits(survey: Survey, questions: Questions) -> list[Problem]:
+def misfits(survey: Survey, questions: Questions, on_gpus: bool) -> list[Problem]:
     """All that keeps the asked nodes, and this host, from working together; every one of them may be chosen by Ray. Pure."""
     problems = []
     for node in survey.nodes:
         devices = _devices(node.report.inventory) if node.report else ()
-        if node.report and len(devices) < int(node.ray.gpus):
+        if on_gpus and node.report and len(devices) < int(node.ray.gpus):
             why = f" ({node.report.inventory.problem})" if node.report.inventory.problem else ""
             problems.append(
                 Problem(

@@ -121,8 +121,8 @@ def test_an_address_where_nothing_listens_is_told_at_once() -> None:
     assert time.monotonic() - began < 5
 
 
-def told(survey: Survey) -> list[tuple[str, str]]:
-    return [(p.where, p.message) for p in misfits(survey, QUESTIONS)]
+def told(survey: Survey, on_gpus: bool = True) -> list[tuple[str, str]]:
+    return [(p.where, p.message) for p in misfits(survey, QUESTIONS, on_gpus)]
 
 
 def test_nodes_that_fit_have_nothing_against_them() -> None:
@@ -133,7 +133,7 @@ def test_a_node_that_differs_is_named_with_both_values_and_the_fix() -> None:
     other = cluster(
         (32, 4), (16, 2), packages={"transformers": "4.0.0", "tunelaunch": "0.1.0"}, files={"/data/my.jsonl": None}
     )
-    version, data = misfits(other, QUESTIONS)
+    version, data = misfits(other, QUESTIONS, True)
     assert (version.where, version.message) == ("node 10.0.0.2", "transformers 4.0.0, but 5.2.0 on 10.0.0.1")
     assert "On 10.0.0.2, with /venv/bin/python: pip install transformers==5.2.0" in version.hint
     assert (data.where, data.message) == ("node 10.0.0.2", "/data/my.jsonl does not exist there")
@@ -160,6 +160,7 @@ def test_devices_that_ray_counts_and_the_driver_does_not_list_are_told() -> None
     assert told(cluster((32, 4), (16, 2), inventory=empty)) == [
         ("node 10.0.0.2", "Ray counts 2 GPU(s) there, the NVIDIA driver lists 0 (no NVIDIA driver found)")
     ]
+    assert told(cluster((32, 4), (16, 2), inventory=empty), on_gpus=False) == []
 
 
 @pytest.mark.parametrize(
