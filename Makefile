@@ -13,7 +13,7 @@ help:
 	@echo "make demo          install, then fine-tune a real 135M model and show it before and after"
 	@echo "make test          install, then run every test"
 	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root, iproute2, sshd, openssl)"
-	@echo "make chaos         kill a saving run 200 times, fill its disk; writes docs/chaos.md"
+	@echo "make chaos         kill a saving run 200 times, fill its disk, break hosts and networks under runs; writes docs/chaos*.md"
 	@echo "make matrix        every method, ZeRO stage and dtype on a real model"
 	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
 	@echo "make check         format, lint, types, unit and architecture tests (under a minute)"
@@ -40,14 +40,18 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest -q --durations=15
 
-test-cluster: install
+several-hosts:
 	@command -v ip >/dev/null && command -v openssl >/dev/null && [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ] || {
-	  echo "make test-cluster makes its hosts itself, from network namespaces: it needs root, ip, sshd and openssl (apt install iproute2 openssh-server openssl)"; exit 2; }
+	  echo "hosts are made here, from network namespaces: that needs root, ip, sshd and openssl (apt install iproute2 openssh-server openssl)"; exit 2; }
+
+test-cluster: install several-hosts
 	$(BIN)/python -m pytest -q --durations=5 tests/hosts
 
-# CHAOS=N: N kills at random after those at every boundary; `.ci/run` takes none (about 4 minutes).
-chaos: install
-	@TUNELAUNCH_CHAOS_KILLS=$(or $(CHAOS),200) $(BIN)/python -m pytest -q -s tests/chaos
+# CHAOS=N: N kills at random after those at every boundary; ROUNDS=N: each accident on several machines N times.
+# `.ci/run` takes CHAOS=0, none at random and one accident (about 5 minutes).
+chaos: install several-hosts
+	@TUNELAUNCH_CHAOS_KILLS=$(or $(CHAOS),200) TUNELAUNCH_CHAOS_ROUNDS=$(if $(filter 0,$(CHAOS)),0,$(or $(ROUNDS),2)) \
+	  $(BIN)/python -m pytest -q -s tests/chaos
 
 matrix: install
 	@$(BIN)/python -m pytest -q -s tests/matrix
@@ -70,4 +74,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test test-cluster chaos matrix bench bench-artefacts check clean
+.PHONY: help install demo test several-hosts test-cluster chaos matrix bench bench-artefacts check clean

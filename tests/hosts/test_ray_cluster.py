@@ -1,6 +1,6 @@
-"""Whole runs under Ray: on two nodes in network namespaces with token authentication, and on a Ray of its own. `make test-cluster`.
+"""Runs under Ray on two nodes in network namespaces, of which a worker, and a whole node, are killed; and on a Ray of its own.
 
-The losses are those of torchrun on this host. Then a worker, and a whole node, are killed while it trains.
+`make test-cluster`. That two nodes compute what every backend does: test_equal_losses.py.
 """
 
 from __future__ import annotations
@@ -15,31 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, LAUNCH, ROOT, Launch, losses, wait_until, worker_pids
+from support.commands import FP32, Launch, losses, wait_until, worker_pids
 from support.hosts import Host, hosts
 from support.ray_nodes import RayNodes, ray_nodes
+from support.ray_results import check_told_to_ray
+from support.short_run import RELATIVE, SHORT, check_equal
 
-STEPS = 8
-SHORT = (*FP32, "--set", f"train.max_steps={STEPS}", "--set", "checkpoint.every_steps=3")
 ENDLESS = (*FP32, "--set", "train.max_steps=5000", "--set", "checkpoint.every_steps=20")
 NO_RETRY = ("--set", "retry.crashes=0", "--set", "retry.node_losses=0")
-RELATIVE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray") / "recipes"
-    shutil.copytree(ROOT / "recipes", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def by_torchrun(folder: Path, launch: Launch) -> dict[int, float]:
-    done = launch("tiny_cpu.yaml", "--cpu", "2", "--run-dir", "torchrun", *SHORT, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected = losses(folder / "torchrun")
-    assert sorted(expected) == list(range(1, STEPS + 1))
-    return expected
 
 
 @pytest.fixture(scope="module")
@@ -48,67 +31,17 @@ def two_hosts() -> Iterator[list[Host]]:
         yield found
 
 
-@pytest.fixture
-def nodes(two_hosts: list[Host], tmp_path: Path) -> Iterator[RayNodes]:
-    """New ones for each test: some do not outlive it."""
-    with ray_nodes(tmp_path, two_hosts) as found:
+@pytest.fixture(scope="module")
+def cluster(two_hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    with ray_nodes(tmp_path_factory.mktemp("ray"), two_hosts) as found:
         yield found
 
 
-def start(host: Host, nodes: RayNodes, environment: dict[str, str], folder: Path, name: str, *args: str):
-    """`launch tiny_cpu.yaml --backend ray` on a host; returns at once."""
-    env = {**{k: v for k, v in environment.items() if not k.startswith("RAY_")}, **nodes.env}
-    env |= {k: v for k, v in environment.items() if k.startswith(("TUNELAUNCH_", "HF_"))}
-    argv = [*host.prefix, str(LAUNCH), "tiny_cpu.yaml", "--backend", "ray", "--run-dir", name, *args]
-    return subprocess.Popen(argv, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def check_told_to_ray(run: Path) -> None:
-    """Ray's own list names the newest checkpoint where the saver put it, and Ray restores from there."""
-    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert kept[-1] == f"step_{STEPS:06d}"
-    code = (
-        "import sys\nfrom ray.train import Result\nr = Result.from_path(sys.argv[1])\n"
-        "print(r.checkpoint.path, r.metrics['step'], r.metrics['loss'])"
-    )
-    env = {**os.environ, "RAY_TRAIN_V2_ENABLED": "1"}
-    argv = [str(LAUNCH.with_name("python")), "-c", code, str(run)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    path, step, loss = done.stdout.split()
-    assert path == str(run / "checkpoints" / kept[-1])
-    assert (int(step), float(loss)) == (STEPS, losses(run)[STEPS])
-
-
-def check_equal(run: Path, expected: dict[int, float]) -> None:
-    got = losses(run)
-    worst = max(abs(got[step] / loss - 1) for step, loss in expected.items())
-    print(f"worst relative deviation from torchrun in {run.name}: {worst:.1e}")
-    assert got == pytest.approx(expected, rel=RELATIVE)
-
-
-def test_two_nodes_compute_what_torchrun_does_and_every_stage_runs_on_them(
-    folder: Path,
-    environment: dict[str, str],
-    two_hosts: list[Host],
-    nodes: RayNodes,
-    by_torchrun: dict[int, float],
-) -> None:
-    before = two_hosts[1].received_bytes()
-    process = start(two_hosts[0], nodes, environment, folder, "two_nodes", "--cpu", "1", "--nodes", "2", *SHORT)
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
-    run = folder / "two_nodes"
-    check_equal(run, by_torchrun)
-    check_told_to_ray(run)
-    assert two_hosts[1].received_bytes() - before > 1e6
-    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
-    assert all(job["ray"]["address"] == nodes.address for job in plan["jobs"])
-    assert "2 nodes x 1 processes" in output
-    token = Path(nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    told = [p for p in run.rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
-    assert not told
-    assert (run / "merged" / "config.json").is_file()
+@pytest.fixture
+def nodes(cluster: RayNodes) -> RayNodes:
+    """Both of them, also after a test that one of them did not outlive."""
+    cluster.repair()
+    return cluster
 
 
 def training(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -144,7 +77,8 @@ def train(folder: Path, environment: dict[str, str], two_hosts: list[Host], node
     """Start a run over both nodes; returns once it has done 5 steps."""
 
     def begin(name: str, *flags: str) -> tuple[subprocess.Popen[str], Path]:
-        process = start(two_hosts[0], nodes, environment, folder, name, "--cpu", "1", "--nodes", "2", *flags)
+        args = ("tiny_cpu.yaml", "--cpu", "1", "--nodes", "2", "--run-dir", name, *flags)
+        process = nodes.launch(two_hosts[0], args, folder, environment)
         training(folder / name, 5, process)
         return process, folder / name
 
@@ -190,22 +124,20 @@ def test_a_run_goes_on_when_its_node_has_come_back(train, nodes: RayNodes) -> No
     print(f"{run.name}: {attempts}")
 
 
-def test_a_ray_of_its_own_computes_what_torchrun_does(
-    folder: Path, launch: Launch, by_torchrun: dict[int, float]
-) -> None:
+def test_a_ray_of_its_own_computes_what_torchrun_does(folder: Path, launch: Launch, torchrun_run: Path) -> None:
     flags = ("--backend", "ray", "--cpu", "2", "--run-dir", "own", *SHORT)
     done = launch("tiny_cpu.yaml", *flags, cwd=folder, RAY_ADDRESS="local")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "one of our own for training" in done.stdout
-    check_equal(folder / "own", by_torchrun)
+    check_equal(folder / "own", losses(torchrun_run))
     check_told_to_ray(folder / "own")
 
 
-def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, launch: Launch, by_torchrun: dict[int, float]) -> None:
+def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, launch: Launch, torchrun_run: Path) -> None:
     """As if it had been stopped after step 6."""
     run = folder / "resumed"
-    shutil.copytree(folder / "torchrun", run)
-    (run / "plan.json").write_text((run / "plan.json").read_text().replace(str(folder / "torchrun"), str(run)))
+    shutil.copytree(torchrun_run, run)
+    (run / "plan.json").write_text((run / "plan.json").read_text().replace(str(torchrun_run), str(run)))
     shutil.rmtree(run / "checkpoints" / "step_000008")
     status = json.loads((run / "status.json").read_text())
     status |= {"run_id": "resumed", "state": "stopped", "stages": {**status["stages"], "train": "stopped"}}
@@ -215,4 +147,5 @@ def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, launch: Launch, by_to
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     again = {row["step"]: row["loss"] for row in rows if row["attempt"] == 2}
     assert sorted(again) == [7, 8]
-    assert again == pytest.approx({step: by_torchrun[step] for step in again}, rel=RELATIVE)
+    expected = losses(torchrun_run)
+    assert again == pytest.approx({step: expected[step] for step in again}, rel=RELATIVE)

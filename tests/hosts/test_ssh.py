@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, ROOT, Launch, losses, only_run, wait_until, worker_pids
+from support.commands import FP32, ROOT, losses, only_run, wait_until, worker_pids
+from support.hosts import command_of
 from support.ssh_hosts import SshCluster, SshHost, ssh_cluster
 
 HOSTS = ("--hosts", "alpha", "--hosts", "beta", "--cpu", "1")
@@ -80,47 +81,13 @@ def at(run: Path) -> int:
     return max(losses(run), default=0) if (run / "metrics.jsonl").is_file() else 0
 
 
-def jobs_on(host: SshHost) -> list[int]:
-    """Processes of ours on this host: agents, torchrun and workers."""
-    found = []
-    for pid in host.pids():
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if any(name in command for name in (b"cluster.node_agent", b"torch.distributed.run", b"trainer.worker")):
-            found.append(pid)
-    return found
-
-
 def worker_on(host: SshHost, run: Path) -> int:
-    (pid,) = {pid for pid in worker_pids(run) if pid in host.pids() and b"distributed.run" not in command_of(pid)}
+    (pid,) = {pid for pid in worker_pids(run) if pid in host.host.pids() and b"distributed.run" not in command_of(pid)}
     return pid
 
 
-def command_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
 def assert_nothing_is_left(cluster: SshCluster, within_s: float = 15) -> None:
-    wait_until(lambda: not any(jobs_on(host) for host in cluster.hosts), within_s, "no process left on any host")
-
-
-def test_the_losses_are_those_of_one_host(
-    cluster: SshCluster, work: Path, environment: dict[str, str], launch: Launch
-) -> None:
-    done = cluster.launch("short.yaml", *HOSTS, *FP32, "--run-dir", "over_ssh", cwd=work, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks met" in done.stdout
-    assert json.loads((work / "over_ssh" / "merged" / "merge_report.json").read_text())["verified"] is True
-    here = launch("short.yaml", "--cpu", "2", *FP32, "--run-dir", "here", cwd=work)
-    assert here.returncode == 0, here.stdout + here.stderr
-    over_ssh, torchrun = losses(work / "over_ssh"), losses(work / "here")
-    assert list(over_ssh) == list(torchrun) == list(range(1, STEPS + 1))
-    assert all(over_ssh[step] == pytest.approx(torchrun[step], rel=1e-4) for step in torchrun)
-    logs = work / "over_ssh" / "logs" / "attempt_1" / "train"
-    assert {p.name for p in logs.iterdir()} >= {"rank_0.log", "rank_1.log", "node_0.agent.log", "node_1.agent.log"}
-    assert_nothing_is_left(cluster)
+    wait_until(lambda: not any(host.host.jobs() for host in cluster.hosts), within_s, "no process left on any host")
 
 
 def test_a_killed_worker_is_the_first_cause(cluster: SshCluster, started: Start) -> None:
@@ -172,7 +139,7 @@ def test_a_lost_host_is_the_first_cause(cluster: SshCluster, started: Start) -> 
     try:
         assert process.wait(60) == 75, started.output()
         assert "the link to beta:" in started.output()
-        wait_until(lambda: not jobs_on(cluster.hosts[0]), 15, "nothing left on alpha")
+        wait_until(lambda: not cluster.hosts[0].host.jobs(), 15, "nothing left on alpha")
     finally:
         cluster.hosts[1].start()
 
@@ -181,10 +148,10 @@ def test_a_cable_pulled_for_20_s_costs_nothing_but_time(cluster: SshCluster, sta
     process, run = started()
     beta = cluster.hosts[1]
     before = at(run)
-    beta.cut()
+    beta.host.cut()
     time.sleep(20)
     held = at(run)
-    beta.mend()
+    beta.host.mend()
     wait_until(lambda: at(run) > held + 3 or process.poll() is not None, 90, "steps after the cable was put back")
     assert process.poll() is None, started.output()
     assert held - before < 500
@@ -199,16 +166,16 @@ def test_a_cable_pulled_for_20_s_costs_nothing_but_time(cluster: SshCluster, sta
 def test_a_cable_cut_for_good_ends_both_sides(cluster: SshCluster, started: Start) -> None:
     process, _ = started("--set", "cluster.silence_s=6", *NO_RETRY)
     alpha, beta = cluster.hosts
-    beta.cut()
+    beta.host.cut()
     try:
         began = time.monotonic()
-        wait_until(lambda: not jobs_on(beta), 40, "beta ends its own processes")
+        wait_until(lambda: not beta.host.jobs(), 40, "beta ends its own processes")
         assert process.wait(60) == 75, started.output()
         assert time.monotonic() - began < 45
         assert "host beta has not been heard for" in started.output()
-        wait_until(lambda: not jobs_on(alpha), 15, "nothing left on alpha")
+        wait_until(lambda: not alpha.host.jobs(), 15, "nothing left on alpha")
     finally:
-        beta.mend()
+        beta.host.mend()
 
 
 def test_nothing_outlives_a_killed_launcher(cluster: SshCluster, started: Start) -> None:
@@ -221,7 +188,7 @@ def test_nothing_outlives_a_killed_launcher(cluster: SshCluster, started: Start)
 
 def test_nothing_outlives_a_cut_ssh_link(cluster: SshCluster, started: Start) -> None:
     process, _ = started(*NO_RETRY)
-    sessions = [pid for pid in cluster.hosts[1].pids() if b"sshd: root@notty" in command_of(pid)]
+    sessions = [pid for pid in cluster.hosts[1].host.pids() if b"sshd: root@notty" in command_of(pid)]
     assert sessions
     for pid in sessions:
         os.kill(pid, signal.SIGKILL)

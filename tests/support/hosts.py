@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+_TAGS = itertools.cycle("abcdefghij")
+"""Several sets of hosts may be there at a time; the names of interfaces have at most 15 characters."""
+OF_A_RUN = (
+    b"/bin/launch\0",
+    b"-m\0launcher\0",
+    b"/train_stages.py\0",
+    b"cluster.node_agent",
+    b"cluster.ray_driver",
+    b"cluster.ray_guard",
+    b"torch.distributed.run",
+    b"trainer.worker",
+)
+"""What stands in the command line of each process of a run, on whatever backend."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +31,31 @@ class Host:
     name: str
     """Of the network namespace."""
     address: str
+    core: int
+    """The one that all its processes run on: hosts do not have their cores in common, and each would count all of them."""
     interface: str = "eth0"
 
     @property
     def prefix(self) -> tuple[str, ...]:
         """Put before a command, it runs on this host."""
-        return ("ip", "netns", "exec", self.name)
+        return ("ip", "netns", "exec", self.name, "taskset", "-c", str(self.core))
+
+    def pids(self) -> list[int]:
+        """Every process of this host."""
+        done = subprocess.run(["ip", "netns", "pids", self.name], check=False, capture_output=True, text=True)
+        return [int(pid) for pid in done.stdout.split()]
+
+    def jobs(self) -> list[int]:
+        """Those of a run: launchers, agents, drivers and workers."""
+        return [pid for pid in self.pids() if any(word in command_of(pid) for word in OF_A_RUN)]
+
+    def cut(self) -> None:
+        """Pull the cable: nothing gets through, and nobody is told."""
+        subprocess.run([*self.prefix, "ip", "link", "set", self.interface, "down"], check=True)
+
+    def mend(self) -> None:
+        """Put the cable back."""
+        subprocess.run([*self.prefix, "ip", "link", "set", self.interface, "up"], check=True)
 
     def received_bytes(self) -> int:
         """What has come in over the network so far."""
@@ -28,13 +63,22 @@ class Host:
         return int(subprocess.run([*self.prefix, "cat", path], check=True, capture_output=True, text=True).stdout)
 
 
+def command_of(pid: int) -> bytes:
+    """Its words, each with a zero byte behind it; empty for a zombie, and for one that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
     """`count` hosts that reach each other and nothing else. They are removed again, also after a failure."""
     assert os.geteuid() == 0, "network namespaces need root"
     assert shutil.which("ip"), "install iproute2"
-    tag = f"tl{os.getpid() % 100000}"
-    bridge, found = f"{tag}br", [Host(f"{tag}h{i}", f"10.213.7.{i + 1}") for i in range(count)]
+    tag, cores = f"tl{os.getpid() % 100000}{next(_TAGS)}", sorted(os.sched_getaffinity(0))
+    bridge = f"{tag}br"
+    found = [Host(f"{tag}h{i}", f"10.213.7.{i + 1}", cores[i % len(cores)]) for i in range(count)]
     try:
         _ip(f"link add {bridge} type bridge")
         _ip(f"link set {bridge} up")

@@ -33,10 +33,13 @@ class RayCluster:
     """What Ray writes: logs of jobs and of itself, uploads."""
     hosts: Sequence[Host]
 
+    def _pids(self) -> list[int]:
+        return [pid for host in self.hosts for pid in host.pids()]
+
     def commands(self) -> str:
         """The command line of every process on the cluster's hosts."""
         lines = []
-        for pid in _pids(self.hosts):
+        for pid in self._pids():
             with contextlib.suppress(OSError):
                 lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         return "\n".join(lines)
@@ -44,7 +47,7 @@ class RayCluster:
     def processes(self, *words: str) -> list[int]:
         """Processes on the cluster's hosts whose command line holds all of `words`; no zombies."""
         found = []
-        for pid in _pids(self.hosts):
+        for pid in self._pids():
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
                 state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -126,17 +129,10 @@ def self_signed(address: str, folder: Path) -> Path:
     return path
 
 
-def _pids(found: Sequence[Host]) -> list[int]:
-    listed = [
-        subprocess.run(["ip", "netns", "pids", h.name], check=False, capture_output=True, text=True) for h in found
-    ]
-    return [int(pid) for done in listed for pid in done.stdout.split()]
-
-
 def _end(found: Sequence[Host]) -> None:
     """Nothing but this test's own processes lives in its namespaces."""
     deadline = time.monotonic() + 30
-    while pids := _pids(found):
+    while pids := [pid for host in found for pid in host.pids()]:
         assert time.monotonic() < deadline, f"processes that do not end: {pids}"
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

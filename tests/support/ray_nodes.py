@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.processes import ProcessIdentity, descendants, is_alive, signal_process
-from support.commands import ROOT
+from support.commands import LAUNCH, ROOT
 from support.hosts import Host
 
 PORT = 6379
@@ -30,6 +30,8 @@ class RayNodes:
     commands: list[list[str]]
     """`ray start --block` for each, the head first."""
     folder: Path
+    prefix: tuple[str, ...]
+    """Put before a command, it runs on the head's host."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     """The process of each that was started."""
 
@@ -38,6 +40,35 @@ class RayNodes:
         with open(self.folder / "ray.log", "ab") as log:
             node = subprocess.Popen(self.commands[index], env=self.env, stdout=log, stderr=log, cwd=self.folder)
         self.nodes[index : index + 1] = [node]
+
+    def repair(self) -> None:
+        """Start those that have ended, and return once Ray has as many as there were."""
+        gone = [index for index, node in enumerate(self.nodes) if node.poll() is not None]
+        for index in gone:
+            self.start(index)
+        if gone:
+            self.wait(len(self.nodes))
+
+    def environment(self, of_a_user: Mapping[str, str]) -> dict[str, str]:
+        """`of_a_user`, with what it takes to join this Ray in place of what is said there of another."""
+        env = {k: v for k, v in of_a_user.items() if not k.startswith("RAY_")} | self.env
+        return env | {k: v for k, v in of_a_user.items() if k.startswith(("TUNELAUNCH_", "HF_"))}
+
+    def launch(self, host: Host, args: Sequence[str], cwd: Path, of_a_user: Mapping[str, str]) -> subprocess.Popen[str]:
+        """`launch ARGS --backend ray` on a host; returns at once, its output can be read from it."""
+        argv, env = [*host.prefix, str(LAUNCH), *args, "--backend", "ray"], self.environment(of_a_user)
+        return subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait(self, count: int) -> None:
+        """Until Ray has exactly so many living nodes."""
+        argv = [*self.prefix, sys.executable, "-P", "-m", "cluster.ray_nodes", self.address]
+        deadline = time.monotonic() + 120
+        said = ""
+        while said.count('"node_id"') != count:
+            text = (self.folder / "ray.log").read_text(errors="replace")[-3000:]
+            assert time.monotonic() < deadline, f"Ray has not {count} node(s): {said}\n{text}"
+            time.sleep(1.0)
+            said = subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=120, check=False).stdout
 
     def members(self, index: int) -> list[ProcessIdentity]:
         """All processes of a node, workers and what they started too."""
@@ -84,28 +115,17 @@ def ray_nodes(
         if of_last is not None and index == len(addresses) - 1:
             prefix = (*prefix, "env", f"PYTHONPATH={of_last}{os.pathsep}{env['PYTHONPATH']}")
         commands.append([*prefix, *start, *which, f"--node-ip-address={address}"])
-    found = RayNodes(joined, {**env, "RAY_ADDRESS": joined}, commands, folder)
+    found = RayNodes(joined, {**env, "RAY_ADDRESS": joined}, commands, folder, hosts[0].prefix if hosts else ())
     try:
         for index in range(len(commands)):
             found.start(index)
-            _wait_for_nodes(found, hosts[0].prefix if hosts else (), index + 1, folder)
+            found.wait(index + 1)
         yield found
     finally:
         for index, node in enumerate(found.nodes):
             if node.poll() is None:
                 found.kill(index)
         shutil.rmtree(session, ignore_errors=True)
-
-
-def _wait_for_nodes(found: RayNodes, prefix: tuple[str, ...], count: int, folder: Path) -> None:
-    argv = [*prefix, sys.executable, "-P", "-m", "cluster.ray_nodes", found.address]
-    deadline = time.monotonic() + 120
-    said = ""
-    while said.count('"node_id"') != count:
-        text = (folder / "ray.log").read_text(errors="replace")[-3000:]
-        assert time.monotonic() < deadline, f"Ray has not {count} node(s): {said}\n{text}"
-        time.sleep(1.0)
-        said = subprocess.run(argv, env=found.env, capture_output=True, text=True, timeout=120, check=False).stdout
 
 
 def _free_port() -> int:

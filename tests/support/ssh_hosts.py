@@ -49,27 +49,14 @@ class SshHost:
         path = self.folder / "sshd.log"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def pids(self) -> list[int]:
-        """Every process of this host."""
-        done = subprocess.run(["ip", "netns", "pids", self.host.name], check=True, capture_output=True, text=True)
-        return [int(pid) for pid in done.stdout.split()]
-
     def kill(self) -> None:
         """As when the power fails: every process is gone at once."""
-        for pid in self.pids():
+        for pid in self.host.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if self.daemon is not None:
             self.daemon.wait()
         (self.folder / "sshd.log").unlink(missing_ok=True)
-
-    def cut(self) -> None:
-        """Pull the cable: nothing gets through, and nobody is told."""
-        subprocess.run([*self.host.prefix, "ip", "link", "set", self.host.interface, "down"], check=True)
-
-    def mend(self) -> None:
-        """Put the cable back."""
-        subprocess.run([*self.host.prefix, "ip", "link", "set", self.host.interface, "up"], check=True)
 
 
 @dataclass(frozen=True)

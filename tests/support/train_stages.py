@@ -1,0 +1,23 @@
+"""`launch` with the stages up to training alone: what happens to a run is known then, and merging would take longer than all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import launcher.start
+
+_write_run = launcher.start.write_run
+
+
+def write_run(run: Any, plan: Any, *rest: Any) -> None:
+    kept = tuple(job for job in plan.jobs if job.name in ("connect", "prepare", "train"))
+    _write_run(run, dataclasses.replace(plan, jobs=kept), *rest)
+
+
+if __name__ == "__main__":
+    launcher.start.write_run = write_run
+    from launcher.cli import main
+
+    sys.exit(main())
