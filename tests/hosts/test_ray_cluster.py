@@ -85,16 +85,6 @@ def train(folder: Path, environment: dict[str, str], two_hosts: list[Host], node
     return begin
 
 
-def test_a_killed_worker_is_the_first_cause(train) -> None:
-    process, run = train("killed_worker", *ENDLESS, *NO_RETRY)
-    since = time.monotonic()
-    os.kill(worker_of(run, 1), signal.SIGKILL)
-    failure = ended(process, run, since)
-    assert time.monotonic() - since < 45
-    assert (failure["rank"], failure["kind"]) == (1, "killed")
-    assert failure["message"].startswith("rank 1 was killed by SIGKILL (signal 9)")
-
-
 def test_a_killed_node_is_the_first_cause(train, two_hosts: list[Host], nodes: RayNodes) -> None:
     process, run = train("killed_node", *ENDLESS, *NO_RETRY)
     on_second = {p.pid for p in nodes.members(1)}
@@ -106,22 +96,29 @@ def test_a_killed_node_is_the_first_cause(train, two_hosts: list[Host], nodes: R
     assert failure["message"] == f"rank {lost} was lost with the node {two_hosts[1].address}"
 
 
-def test_a_run_goes_on_when_its_node_has_come_back(train, nodes: RayNodes) -> None:
-    """The next attempt begins while the node is away, and waits for it."""
-    sets = ("train.max_steps=400", "checkpoint.every_steps=5", "retry.wait_s=1")
+def test_a_run_goes_on_after_a_killed_worker_and_when_its_node_has_come_back(train, nodes: RayNodes) -> None:
+    """Each is named. The attempt after the lost node begins while that is away, and waits for it."""
+    sets = ("train.max_steps=200", "checkpoint.every_steps=5", "retry.wait_s=1")
     process, run = train("back", *FP32, *(word for s in sets for word in ("--set", s)))
+    attempts = lambda: json.loads((run / "status.json").read_text(encoding="utf-8"))["attempts"]  # noqa: E731
+    since = time.time()
+    os.kill(worker_of(run, 1), signal.SIGKILL)
+    at = max(losses(run))
+    wait_until(lambda: len(attempts()) == 2, 60, "the second attempt")
+    assert attempts()[0]["ended"] - since < 45
+    training(run, at + 10, process)
     nodes.kill(1)
-    status = run / "status.json"
-    wait_until(lambda: json.loads(status.read_text(encoding="utf-8"))["attempt"] == 2, 90, "another attempt")
+    wait_until(lambda: len(attempts()) == 3, 90, "the third attempt")
     time.sleep(10)
     nodes.start(1)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    attempts = json.loads(status.read_text(encoding="utf-8"))["attempts"]
-    assert [a["cause"] for a in attempts] == ["node_lost", "done"]
-    assert attempts[0]["step"] - (attempts[0]["next_step"] or 0) <= 5
-    assert sorted(losses(run)) == list(range(1, 401))
-    print(f"{run.name}: {attempts}")
+    worker, node, last = attempts()
+    assert [a["cause"] for a in (worker, node, last)] == ["crash", "node_lost", "done"]
+    assert worker["message"].startswith("rank 1 was killed by SIGKILL (signal 9)")
+    assert all(a["step"] - (a["next_step"] or 0) <= 5 for a in (worker, node))
+    assert sorted(losses(run)) == list(range(1, 201))
+    print(f"{run.name}: {attempts()}")
 
 
 def test_a_ray_of_its_own_computes_what_torchrun_does(folder: Path, launch: Launch, torchrun_run: Path) -> None:

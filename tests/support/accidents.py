@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -66,7 +67,8 @@ class Scene:
         assert self.process.wait(END_S) == code, self.output()
 
     def saw(self, seen: Seen, within_s: float = 15) -> None:
-        """Note it, with what is left over once the command has ended."""
+        """Note it, with what is left over once the command has ended; its cause without what differs from round to round."""
+        seen.cause = re.sub(r"\bpid \d+", "pid N", seen.cause.replace(f"{self.folder}/", ""))
         self.seen = seen
         seen.left, gone_s = self.machines.left_over(within_s)
         if seen.gone_s is None:
@@ -185,10 +187,11 @@ def kill_launcher(scene: Scene) -> None:
 
 def full_disk(scene: Scene) -> None:
     """The last host's `checkpoints` becomes a disk of its own that has room for half a shard."""
-    run = scene.begin(at_step=KILL_AT)
+    run = scene.begin()
+    folders = [f"step_{step:06d}.partial" for step in range(EVERY, STEPS + 1, EVERY)]
     since = time.time()
-    with scene.machines.own_disk(run / "checkpoints", "64k", scene.process):
-        stopped(scene, since, 2, "No space left on device", "cannot write")
+    with scene.machines.own_disk(run / "checkpoints", "64k", scene.process, folders):
+        stopped(scene, since, 2, "No space left on device")
 
 
 def refused(scene: Scene, code: int, *words: str, since: float) -> None:
@@ -197,9 +200,12 @@ def refused(scene: Scene, code: int, *words: str, since: float) -> None:
     seconds = round(time.time() - since, 1)
     said = scene.output()
     assert all(word in said for word in words), said
-    cause = next(line for line in said.splitlines() if words[0] in line).strip().removeprefix("error: ")
-    assert not (scene.folder / "chaos_run" / "metrics.jsonl").exists()
-    scene.saw(Seen(scene.accident, scene.machines.backend, f"refused, exit {code}", cause, seconds))
+    cause = [line for line in said.splitlines() if words[0] in line][-1].strip().removeprefix("error: ")
+    run = RunDir(scene.folder / "chaos_run")
+    assert not run.metrics.exists()
+    tries = len(read_status(run).attempts) if run.status.exists() else 0
+    state = f"failed after {tries} attempts" if tries else "refused"
+    scene.saw(Seen(scene.accident, scene.machines.backend, f"{state}, exit {code}", cause, seconds))
 
 
 def port_taken(scene: Scene) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def recovery(run: Path, number: int, since: float, noticed: float) -> dict[str, 
     began = next(e for e in rows_of(run / "events.jsonl") if e["event"] == "train_started" and e["attempt"] == number)
     first = next(row for row in rows_of(run / "metrics.jsonl") if row["attempt"] == number)
     marks = (since, noticed, attempt.started, started_at(beat["pid_start"]), began["time"], first["time"])
-    return {part: round(b - a, 2) for part, a, b in zip(PARTS, marks, marks[1:], strict=True)}
+    return {part: round(b - a, 2) for part, (a, b) in zip(PARTS, itertools.pairwise(marks), strict=True)}
 
 
 def of_attempts(accident: str, backend: str, run: Path, since: float) -> Seen:

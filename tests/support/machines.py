@@ -71,12 +71,18 @@ class Machines:
         self.broken.mend()
 
     @contextlib.contextmanager
-    def own_disk(self, folder: Path, size: str, launcher: subprocess.Popen[bytes] | None = None) -> Iterator[None]:
-        """From now on the last host has a small file system of its own at `folder`. torchrun's host is the launcher's."""
+    def own_disk(
+        self, folder: Path, size: str, launcher: subprocess.Popen[bytes] | None = None, holds: Sequence[str] = ()
+    ) -> Iterator[None]:
+        """From now on the last host has a small file system of its own at `folder`, in which are the folders `holds`.
+
+        torchrun's host is the launcher's.
+        """
         owner = self._owner() or launcher
         assert owner is not None
         inside = ("nsenter", "-t", str(owner.pid), "-m")
         subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+        subprocess.run([*inside, "mkdir", "-p", *(str(folder / name) for name in (".", *holds))], check=True)
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ def submit(where: Site, *sets: str) -> tuple[Path, dict[str, float]]:
     connected = began + status.seconds["connect"]
     marks = [typed, returned, started_at(identity.start_ticks), began, connected, connected + status.seconds["prepare"]]
     marks += [started_at(beat["pid_start"]), loaded, rows_of(run / "metrics.jsonl")[0]["time"]]
-    return run, {part: round(b - a, 1) for part, a, b in zip(START_PARTS, marks, marks[1:], strict=True)}
+    return run, {part: round(b - a, 1) for part, (a, b) in zip(START_PARTS, itertools.pairwise(marks), strict=True)}
 
 
 def kill_supervisor(where: Site) -> tuple[Seen, dict[str, float]]:
