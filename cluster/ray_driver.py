@@ -126,8 +126,7 @@ def _ray(job: JobSpec) -> Iterator[None]:
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "WARNING",
-        # Of the job and not of the workers alone: Ray runs such a hook for whole jobs only.
-        "runtime_env": {"worker_process_setup_hook": "cluster.ray_worker.choose_interface"},
+        "runtime_env": runtime_env(job),
     }
     if job.ray.address:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = (
@@ -159,6 +158,19 @@ def _ray(job: JobSpec) -> Iterator[None]:
             _disconnect()
     assert guard.stdin is not None
     guard.stdin.close()
+
+
+def runtime_env(job: JobSpec) -> dict[str, Any]:
+    """What Ray starts the job's processes with. Pure.
+
+    By itself Ray closes a connection between two workers on which nothing came for 20 s, and takes the worker behind it for
+    lost, while its node is not given up for a minute: a cable that was out for 20 s would end the attempt.
+    """
+    return {
+        # Of the job and not of the workers alone: Ray runs such a hook for whole jobs only.
+        "worker_process_setup_hook": "cluster.ray_worker.choose_interface",
+        "env_vars": {"RAY_grpc_keepalive_timeout_ms": str(int(job.meeting.silence_s * 1000))},
+    }
 
 
 def _init(problem: str, **options: Any) -> None:

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import logs, ray_local
-from cluster.job import ClusterError, JobReport, JobSpec, NodeShare, RayRequest
+from cluster.job import ClusterError, JobReport, JobSpec, Meeting, NodeShare, RayRequest
 from cluster.outcome import job_status
 from cluster.preflight import HostReport
+from cluster.ray_driver import runtime_env
 from cluster.ray_nodes import ClusterNode, Survey, clock_offset, find_cluster, survey_from_json
 from cluster.ray_placement import RayNode
 from cluster.ray_report import SNAPSHOT, Reporter, forget_missing
@@ -49,6 +50,15 @@ def test_a_worker_gets_its_ranks_and_devices_and_nothing_of_ray() -> None:
     assert (env["CUDA_VISIBLE_DEVICES"], env["CUDA_DEVICE_ORDER"]) == ("3,5", "PCI_BUS_ID")
     assert "DS_ACCELERATOR" not in env
     assert not [name for name in env if name.startswith(("RAY_", "ACCELERATE_"))]
+
+
+def test_a_link_between_workers_may_be_silent_for_as_long_as_a_host() -> None:
+    """tests/chaos/test_many_machines.py cuts a real one."""
+    job = dataclasses.replace(JOB, meeting=Meeting(silence_s=45.0))
+    env = runtime_env(job)["env_vars"]
+    assert env == {"RAY_grpc_keepalive_timeout_ms": "45000"}
+    # It is Ray's, and not for what the worker starts.
+    assert not env.keys() & worker_env(JOB, {**env, "CUDA_VISIBLE_DEVICES": "0"}, {}, RANKS).keys()
 
 
 def test_exact_devices_of_a_ray_of_our_own_stay_in_rank_order() -> None:
