@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -36,6 +37,8 @@ POLL_S = 1.0
 FETCH_SHARE = 0.1
 LIST_TIMEOUT_S = 5.0
 UNREACHABLE_S = 600.0
+NO_SUPERVISOR = "Job supervisor actor died"
+"""What Ray says of a job whose supervisor, a process of Ray's, was killed."""
 
 
 def observe_all(runs: Sequence[RunDir]) -> dict[RunDir, Observation]:
@@ -111,6 +114,13 @@ def first_cause(seen: Observation) -> str:
     ):
         if s.exit_code == code and sign in s.message:
             return f"{cause}\nInstall the same version there, and name its Python: launch submit ... --python PATH"
+    if NO_SUPERVISOR in s.message:
+        where = re.search(r"^\s*ip: (\S+)", s.message, re.MULTILINE)
+        return (
+            f"Ray's supervisor of the job has died{f' (on {where[1]})' if where else ''}; how the run ended is not known to Ray: "
+            "without it a run saves a checkpoint and stops, unless its host went too\n"
+            f"continue, on the cluster: launch runs resume {_remote_folder(s)}"
+        )
     lines = visible(s.message).strip().splitlines() or ["Ray gives no reason"]
     return "\n".join(line[:500] for line in lines[-10:])
 

@@ -108,8 +108,10 @@ def page(found: Sequence[Seen], cells: Sequence[tuple[str, str]]) -> str:
         "# Accidents on several machines",
         "",
         "Written by `make chaos`. torchrun: two processes on one host. ssh, ray: two hosts with one process each, network namespaces of one",
-        f"machine with a real sshd, or a real Ray that asks for a token. A checkpoint every {EVERY} steps, `retry.wait_s` 1. Times in seconds,",
-        "of several rounds the smallest and the largest. Every loss of every attempt equalled, to 1e-4, that of a run without an accident.",
+        "machine with a real sshd, or a real Ray that asks for a token; one thread a process. A checkpoint every "
+        f"{EVERY} steps, `retry.wait_s` 1;",
+        "where a cable is out for good `cluster.silence_s` 20, and no retry. Times in seconds, of several rounds the smallest and the largest.",
+        "Every loss of every attempt equalled, to 1e-4, that of a run without an accident.",
         "",
         "| accident | backend | rounds | what became of it | noticed after | steps lost | first new step after | processes left |",
         "|---|---|---|---|---|---|---|---|",

@@ -32,13 +32,18 @@ class Host:
     """Of the network namespace."""
     address: str
     core: int
-    """The one that all its processes run on: hosts do not have their cores in common, and each would count all of them."""
+    """For what counts the cores of its host: hosts do not have theirs in common, and each would count all of this machine."""
     interface: str = "eth0"
 
     @property
     def prefix(self) -> tuple[str, ...]:
         """Put before a command, it runs on this host."""
-        return ("ip", "netns", "exec", self.name, "taskset", "-c", str(self.core))
+        return ("ip", "netns", "exec", self.name)
+
+    @property
+    def on_one_core(self) -> tuple[str, ...]:
+        """The same, for a process that is to believe that the host has only one core."""
+        return (*self.prefix, "taskset", "-c", str(self.core))
 
     def pids(self) -> list[int]:
         """Every process of this host."""

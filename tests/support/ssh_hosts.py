@@ -38,7 +38,7 @@ class SshHost:
             mounts += f"mount -t tmpfs -o size={size or '512m'} tmpfs '{path}' && "
         # Without -D's terminal: its log goes to a file, and `ip netns exec` gives it mounts of its own.
         command = f"{mounts}exec {SSHD} -D -e -f '{self.folder / 'sshd_config'}' 2>>'{self.folder / 'sshd.log'}'"
-        self.daemon = subprocess.Popen([*self.host.prefix, "sh", "-c", command], start_new_session=True)
+        self.daemon = subprocess.Popen([*self.host.on_one_core, "sh", "-c", command], start_new_session=True)
         deadline = time.monotonic() + 10
         while f"Server listening on {self.host.address}" not in self._log():
             assert time.monotonic() < deadline, self._log()

@@ -107,7 +107,9 @@ def kill_supervisor(where: Site) -> tuple[Seen, dict[str, float]]:
     wait_until(lambda: "running" not in where.launch("runs", "show", run.name).splitlines()[0], 60, "Ray knows")
     page = where.launch("runs", "show", run.name)
     status = read_status(RunDir(run))
-    seen = Seen(ACCIDENT, BACKEND, f"{status.state} with a checkpoint; Ray: {page.split()[1]}", page.splitlines()[-1])
+    cause = page.splitlines()[-2]
+    assert "supervisor of the job has died (on " in cause, page
+    seen = Seen(ACCIDENT, BACKEND, f"{status.state} with a checkpoint; to Ray it {page.split()[1]}", cause)
     seen.noticed_s, seen.gone_s, seen.lost_steps = round(noticed, 1), round(gone, 1), lost(run, status.attempts[0])
     print(page)
     return seen, parts

@@ -304,6 +304,11 @@ def test_a_job_of_that_name_is_never_taken_for_this_one(cli: Cli, head: RayHead,
         (2, "Error: No such command '_submitted'.", "takes no submitted runs"),
         (127, "sh: 1: exec: python: not found", "has no such Python"),
         (None, "runtime_env setup failed: no space", "runtime_env setup failed: no space"),
+        (
+            None,
+            "Job supervisor actor died: It died.\n\tpid: 1\n\tip: 10.0.0.1\nIt is dead.",
+            "died (on 10.0.0.1); how the run",
+        ),
     ],
 )
 def test_failures_before_the_launcher_can_speak(
