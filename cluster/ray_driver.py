@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -322,18 +322,18 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         raise no_room(job)
     if isinstance(error, WorkerGroupError):
-        silent = {rank: e for rank, e in error.worker_failures.items() if exits.get(rank, 0) == 0}
-        for failure in silent.values():
+        failures = error.worker_failures
+        for failure in (e for rank, e in failures.items() if exits.get(rank, 0) == 0):
             base = getattr(failure, "_base_exc", failure)
             if isinstance(base, ClusterError):
                 _fail(job, -1, _kind(base), base.message, base.hint, base.exit_code)
                 return
-        if silent:
-            # Those that died go before those that only lost their connection to them.
-            died = {rank: e for rank, e in silent.items() if isinstance(e, (WorkerHealthCheckFailedError, RayError))}
-            rank, failure = min((died or silent).items())
-            gone = ", ".join(lost_nodes(nodes))
-            message = f"rank {rank} was lost with the node {gone}" if gone else f"rank {rank} was lost: {_why(failure)}"
+        died = {rank for rank, e in failures.items() if isinstance(e, (WorkerHealthCheckFailedError, RayError))}
+        gone = lost_nodes(nodes) if any(exits.get(rank, 0) <= 0 for rank in failures) else ()
+        rank = lost_rank(failures, died, exits, bool(gone))
+        if rank is not None:
+            how = f" with the node {', '.join(gone)}" if gone else f": {_why(failures[rank])}"
+            message = f"rank {rank} was lost{how}"
             _fail(job, rank, "node_lost" if gone else "retry", message, _LOST_HINT, EXIT_RETRY)
     elif isinstance(error, PreemptionError):
         _fail(job, -1, "preempted", "Ray takes a node of this job away (preemption)", _LOST_HINT, EXIT_RETRY)
@@ -345,6 +345,18 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
         kind, hint = (known.kind, known.hint) if known else ("retry", _LOST_HINT)
         lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         _fail(job, -1, kind, f"Ray ended the job: {lines[-1].strip()}", hint, _EXIT_CODES[kind])
+
+
+def lost_rank(failed: Collection[int], died: set[int], exits: Mapping[int, int], node_is_gone: bool) -> int | None:
+    """The rank of which only Ray can say what became of it; None where the ranks have said all themselves. Pure.
+
+    `failed`: ranks that Ray counts as failed. `died`: those whose Ray worker has gone, and not only lost its connection to
+    others. A process that was killed together with its Ray worker and its node is the node's loss: as they do not end at
+    the same instant, the signal may just have been written down.
+    """
+    silent = {rank for rank in failed if exits.get(rank, 0) == 0}
+    taken = {rank for rank in died if exits.get(rank, 0) < 0} if node_is_gone else set()
+    return min(died & silent | taken or silent, default=None)
 
 
 def _kind(error: ClusterError) -> str:

@@ -17,7 +17,7 @@ from cluster import logs, ray_local
 from cluster.job import ClusterError, JobReport, JobSpec, Meeting, NodeShare, RayRequest
 from cluster.outcome import job_status
 from cluster.preflight import HostReport
-from cluster.ray_driver import runtime_env
+from cluster.ray_driver import lost_rank, runtime_env
 from cluster.ray_nodes import ClusterNode, Survey, clock_offset, find_cluster, survey_from_json
 from cluster.ray_placement import RayNode
 from cluster.ray_report import SNAPSHOT, Reporter, forget_missing
@@ -59,6 +59,24 @@ def test_a_link_between_workers_may_be_silent_for_as_long_as_a_host() -> None:
     assert env == {"RAY_grpc_keepalive_timeout_ms": "45000"}
     # It is Ray's, and not for what the worker starts.
     assert not env.keys() & worker_env(JOB, {**env, "CUDA_VISIBLE_DEVICES": "0"}, {}, RANKS).keys()
+
+
+@pytest.mark.parametrize(
+    ("failed", "died", "exits", "node_is_gone", "rank"),
+    [
+        ([0, 1], {1}, {}, True, 1),  # the other one only lost its connection
+        ([1], set(), {}, False, 1),
+        ([0, 1], {1}, {0: 75}, True, 1),
+        ([0, 1], {1}, {0: 75, 1: -9}, True, 1),  # its watcher outlived it by a moment
+        ([0, 1], {1}, {0: 75, 1: -9}, False, None),  # killed, on a node that is well
+        ([0, 1], set(), {0: 75, 1: -9}, True, None),  # killed, and some other node has gone
+        ([0, 1], set(), {0: 70, 1: 75}, True, None),
+    ],
+)
+def test_who_went_with_a_node(
+    failed: list[int], died: set[int], exits: dict[int, int], node_is_gone: bool, rank: int | None
+) -> None:
+    assert lost_rank(failed, died, exits, node_is_gone) == rank
 
 
 def test_exact_devices_of_a_ray_of_our_own_stay_in_rank_order() -> None:
