@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.accidents import ACCIDENTS, Scene
 from support.chaos import every_loss
-from support.chaos_hosts import Book, page
+from support.chaos_hosts import EVERY, Book, page
 from support.commands import ROOT, losses, train_only
 from support.machines import Machines, machines
 from support.submitted import ACCIDENT, BACKEND, kill_supervisor, site
@@ -48,17 +48,17 @@ def straight(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     """Step -> loss without any accident."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNELAUNCH_CACHE", environment["TUNELAUNCH_CACHE"])
-        folder = tmp_path_factory.mktemp("straight")
-        scene = Scene.folder_for(folder)
-        return losses(train_only(scene, "chaos.yaml", 2, "straight"))
+        folder = Scene.folder_for(tmp_path_factory.mktemp("straight"))
+        return losses(train_only(folder, "chaos.yaml", 2, "straight"))
 
 
 @pytest.mark.parametrize(
     ("many", "accident"), [(backend, name) for name, backend in (CELLS if ROUNDS else QUICK)], indirect=["many"]
 )
 def test_an_accident_costs_a_checkpoint_interval_at_most_and_leaves_nothing_behind(
-    many: Machines, accident: str, straight: dict[int, float], book: Book, tmp_path: Path
+    many: Machines, accident: str, book: Book, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    straight = request.getfixturevalue("straight") if ROUNDS else {}
     happen: Callable[[Scene], object] = ACCIDENTS[accident][0]
     for number in range(max(ROUNDS, 1)):
         many.bring_back()
@@ -77,9 +77,11 @@ def test_an_accident_costs_a_checkpoint_interval_at_most_and_leaves_nothing_behi
         if scene.run is not None:
             taken = every_loss(scene.run)
             assert len(taken) >= 5
-            assert all(loss == pytest.approx(straight[step], rel=RELATIVE) for step, loss in taken)
+            # Where there is no straight run, steps that were done twice are compared with each other.
+            expected = straight or dict(taken)
+            assert all(loss == pytest.approx(expected[step], rel=RELATIVE) for step, loss in taken)
             assert seen.lost_steps is not None
-            assert 0 <= seen.lost_steps <= scene.interval
+            assert 0 <= seen.lost_steps <= EVERY
 
 
 @pytest.mark.skipif(
@@ -90,8 +92,7 @@ def test_a_submitted_run_ends_with_a_checkpoint_when_rays_supervisor_of_it_is_ki
 ) -> None:
     with site(tmp_path, environment) as where:
         for _ in range(ROUNDS):
-            seen, parts = kill_supervisor(where)
+            seen = kill_supervisor(where)
             book.add(seen)
-            print(f"from submission to the first step: {sum(parts.values()):.1f} s: {parts}")
             assert seen.state.startswith("stopped with a checkpoint")
             assert seen.lost_steps == 0

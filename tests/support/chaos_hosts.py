@@ -37,6 +37,8 @@ class Seen:
     parts: dict[str, float] = field(default_factory=dict)
     """That by `PARTS`: until it was noticed, until the next attempt began, until its first rank's process did, until the model and
     the checkpoint were loaded, until the step was done. Empty where no other attempt followed."""
+    begin: dict[str, float] = field(default_factory=dict)
+    """From a submission to its first step, by `submitted.START_PARTS`."""
     left: int = 0
     """Processes of the run on any host afterwards."""
     gone_s: float | None = None
@@ -138,7 +140,27 @@ def page(found: Sequence[Seen], cells: Sequence[tuple[str, str]]) -> str:
         "imports, the model, the checkpoint.",
     ]
     lines += ["", "| accident | backend | " + " | ".join(PARTS) + " |", "|---|---|" + "---|" * len(PARTS), *parts]
+    lines += _submissions([s.begin for s in found if s.begin])
     return "\n".join(lines) + "\n"
+
+
+def _submissions(rounds: Sequence[dict[str, float]]) -> list[str]:
+    """From `launch submit` to the first step of a run on two nodes."""
+    if not rounds:
+        return []
+    names, total = list(rounds[0]), [sum(parts.values()) for parts in rounds]
+    means = [f"{sum(parts[name] for parts in rounds) / len(rounds):.1f}" for name in names]
+    return [
+        "",
+        "## From `launch submit` to the first step",
+        "",
+        f"A third host submits a run of two nodes: {_range(total)} s. `submit`: until the command returns. `Ray`: until the job's process",
+        "begins. `plan`: until the first stage does. The stages `connect` and `train` are Ray Train runs of their own. Of several rounds the mean.",
+        "",
+        "| " + " | ".join(names) + " |",
+        "|---" * len(names) + "|",
+        "| " + " | ".join(means) + " |",
+    ]
 
 
 def _row(rounds: Sequence[Seen]) -> str:

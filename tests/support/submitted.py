@@ -93,8 +93,8 @@ def submit(where: Site, *sets: str) -> tuple[Path, dict[str, float]]:
     return run, {part: round(b - a, 1) for part, (a, b) in zip(START_PARTS, itertools.pairwise(marks), strict=True)}
 
 
-def kill_supervisor(where: Site) -> tuple[Seen, dict[str, float]]:
-    """Of a run that has done some steps. Returns what became of it, and the parts of its start."""
+def kill_supervisor(where: Site) -> Seen:
+    """Of a run that has done some steps."""
     run, parts = submit(where, "train.max_steps=100000", "checkpoint.every_steps=5")
     wait_until(lambda: last_step(run) >= 7, 60, "step 7 of a submitted run")
     (supervisor,) = where.cluster.processes("JobSupervisor")
@@ -111,5 +111,5 @@ def kill_supervisor(where: Site) -> tuple[Seen, dict[str, float]]:
     assert "supervisor of the job has died (on " in cause, page
     seen = Seen(ACCIDENT, BACKEND, f"{status.state} with a checkpoint; to Ray it {page.split()[1]}", cause)
     seen.noticed_s, seen.gone_s, seen.lost_steps = round(noticed, 1), round(gone, 1), lost(run, status.attempts[0])
-    print(page)
-    return seen, parts
+    seen.begin = parts
+    return seen
