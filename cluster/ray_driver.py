@@ -256,6 +256,9 @@ def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
     folder = Path(job.report.folder if job.report else job.log_dir)
     # Read by the controller, to which Ray Train passes it on.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.meeting.wait_s)
+    if job.report is None:
+        # Over in seconds: to be told that a node is going to be taken away is not worth one more process to start.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     forget_missing(folder, ray.__version__)
     trainer = TorchTrainer(
         ray_worker.train,

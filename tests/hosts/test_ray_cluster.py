@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, Launch, losses, wait_until, worker_pids
+from support.commands import FP32, LAUNCH_TRAINING, Launch, losses, wait_until, worker_pids
 from support.hosts import Host, hosts
 from support.ray_nodes import RayNodes, ray_nodes
 from support.ray_results import check_told_to_ray
@@ -74,11 +74,11 @@ def ended(process: subprocess.Popen[str], run: Path, since: float) -> dict:
 
 @pytest.fixture
 def train(folder: Path, environment: dict[str, str], two_hosts: list[Host], nodes: RayNodes):
-    """Start a run over both nodes; returns once it has done 5 steps."""
+    """Start a run over both nodes, which is to end with its training; returns once it has done 5 steps."""
 
     def begin(name: str, *flags: str) -> tuple[subprocess.Popen[str], Path]:
         args = ("tiny_cpu.yaml", "--cpu", "1", "--nodes", "2", "--run-dir", name, *flags)
-        process = nodes.launch(two_hosts[0], args, folder, environment)
+        process = nodes.launch(two_hosts[0], args, folder, environment, LAUNCH_TRAINING)
         training(folder / name, 5, process)
         return process, folder / name
 
@@ -130,7 +130,7 @@ def test_a_ray_of_its_own_computes_what_torchrun_does(folder: Path, launch: Laun
     check_told_to_ray(folder / "own")
 
 
-def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, launch: Launch, torchrun_run: Path) -> None:
+def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, environment: dict[str, str], torchrun_run: Path) -> None:
     """As if it had been stopped after step 6."""
     run = folder / "resumed"
     shutil.copytree(torchrun_run, run)
@@ -139,7 +139,9 @@ def test_a_run_of_torchrun_goes_on_under_ray(folder: Path, launch: Launch, torch
     status = json.loads((run / "status.json").read_text())
     status |= {"run_id": "resumed", "state": "stopped", "stages": {**status["stages"], "train": "stopped"}}
     (run / "status.json").write_text(json.dumps(status))
-    done = launch("tiny_cpu.yaml", *SHORT, "--resume", str(run), "--backend", "ray", cwd=folder, RAY_ADDRESS="local")
+    argv = [*LAUNCH_TRAINING, "tiny_cpu.yaml", *SHORT, "--resume", str(run), "--backend", "ray"]
+    env = {**environment, "RAY_ADDRESS": "local"}
+    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     again = {row["step"]: row["loss"] for row in rows if row["attempt"] == 2}

@@ -6,18 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.commands import ROOT
+from support.commands import LAUNCH_TRAINING, ROOT
 from support.hosts import Host, command_of, hosts
 from support.ray_nodes import RayNodes, ray_nodes
 from support.ssh_hosts import SshCluster, ssh_cluster
-
-LAUNCH_TRAINING = (sys.executable, "-P", str(ROOT / "tests" / "support" / "train_stages.py"))
 
 
 @dataclass

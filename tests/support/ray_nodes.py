@@ -54,9 +54,16 @@ class RayNodes:
         env = {k: v for k, v in of_a_user.items() if not k.startswith("RAY_")} | self.env
         return env | {k: v for k, v in of_a_user.items() if k.startswith(("TUNELAUNCH_", "HF_"))}
 
-    def launch(self, host: Host, args: Sequence[str], cwd: Path, of_a_user: Mapping[str, str]) -> subprocess.Popen[str]:
+    def launch(
+        self,
+        host: Host,
+        args: Sequence[str],
+        cwd: Path,
+        of_a_user: Mapping[str, str],
+        program: Sequence[str] = (str(LAUNCH),),
+    ) -> subprocess.Popen[str]:
         """`launch ARGS --backend ray` on a host; returns at once, its output can be read from it."""
-        argv, env = [*host.prefix, str(LAUNCH), *args, "--backend", "ray"], self.environment(of_a_user)
+        argv, env = [*host.prefix, *program, *args, "--backend", "ray"], self.environment(of_a_user)
         return subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def wait(self, count: int) -> None:
