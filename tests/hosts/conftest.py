@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from support.commands import ROOT, Launch, losses
+from support.commands import LAUNCH_TRAINING, ROOT, losses
 from support.short_run import SHORT, STEPS
 
 
@@ -19,9 +20,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def torchrun_run(folder: Path, launch: Launch) -> Path:
-    """The folder of a finished `SHORT` run on two processes. Tests leave it as it is."""
-    done = launch("tiny_cpu.yaml", "--cpu", "2", "--run-dir", "torchrun", *SHORT, cwd=folder)
+def torchrun_run(folder: Path, environment: dict[str, str]) -> Path:
+    """The folder of a `SHORT` run on two processes, which ended with its training. Tests leave it as it is."""
+    argv = [*LAUNCH_TRAINING, "tiny_cpu.yaml", "--cpu", "2", "--run-dir", "torchrun", *SHORT]
+    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(losses(folder / "torchrun")) == list(range(1, STEPS + 1))
     return folder / "torchrun"

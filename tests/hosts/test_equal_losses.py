@@ -1,6 +1,7 @@
 """One recipe on every backend: one process in the launcher, torchrun, two hosts by ssh, two nodes of a Ray cluster. `make test-cluster`.
 
-The hosts are network namespaces with a real sshd and a real Ray, which asks for a token. Each run goes through all stages.
+The hosts are network namespaces with a real sshd and a real Ray, which asks for a token. The run by ssh goes through all stages; that
+one under Ray does too: test_submit_to_ray.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import Launch, losses
+from support.commands import LAUNCH_TRAINING, Launch, losses
 from support.ray_nodes import RayNodes, ray_nodes
 from support.ray_results import check_told_to_ray
 from support.short_run import RELATIVE, SHORT, STEPS, loss_table
@@ -53,7 +54,7 @@ def by_ray(cluster: SshCluster, nodes: RayNodes, folder: Path, environment: dict
     alpha, beta = (host.host for host in cluster.hosts)
     before = beta.received_bytes()
     args = ("tiny_cpu.yaml", "--cpu", "1", "--nodes", "2", "--run-dir", "ray", *SHORT)
-    process = nodes.launch(alpha, args, folder, environment)
+    process = nodes.launch(alpha, args, folder, environment, LAUNCH_TRAINING)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     assert "2 nodes x 1 processes" in output
@@ -83,5 +84,4 @@ def test_a_run_under_ray_is_told_to_ray_and_keeps_no_token(by_ray: Path, nodes: 
     assert all(job["ray"]["address"] == nodes.address for job in plan["jobs"])
     token = Path(nodes.env["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert not [p for p in by_ray.rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
-    assert (by_ray / "merged" / "config.json").is_file()
     check_told_to_ray(by_ray)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, LAUNCH_TRAINING, Launch, losses, wait_until, worker_pids
+from support.commands import FP32, LAUNCH_TRAINING, TRAIN_AT_ONCE, Launch, losses, wait_until, worker_pids
 from support.hosts import Host, hosts
 from support.ray_nodes import RayNodes, ray_nodes
 from support.ray_results import check_told_to_ray
@@ -78,7 +78,7 @@ def train(folder: Path, environment: dict[str, str], two_hosts: list[Host], node
 
     def begin(name: str, *flags: str) -> tuple[subprocess.Popen[str], Path]:
         args = ("tiny_cpu.yaml", "--cpu", "1", "--nodes", "2", "--run-dir", name, *flags)
-        process = nodes.launch(two_hosts[0], args, folder, environment, LAUNCH_TRAINING)
+        process = nodes.launch(two_hosts[0], args, folder, environment, TRAIN_AT_ONCE)
         training(folder / name, 5, process)
         return process, folder / name
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import FP32, ROOT, losses, only_run, wait_until, worker_pids
+from support.commands import FP32, ROOT, TRAIN_AT_ONCE, losses, only_run, wait_until, worker_pids
 from support.hosts import command_of
 from support.ssh_hosts import SshCluster, SshHost, ssh_cluster
 
@@ -50,7 +50,7 @@ def started(cluster: SshCluster, work: Path, environment: dict[str, str]) -> Ite
 
 
 class Start:
-    """Starts a long run over both hosts, and waits until it trains."""
+    """Starts a long run over both hosts, without measuring the network first, and waits until it trains."""
 
     def __init__(self, cluster: SshCluster, work: Path, environment: dict[str, str]) -> None:
         self.cluster, self.work, self.environment = cluster, work, environment
@@ -58,7 +58,8 @@ class Start:
 
     def __call__(self, *args: str, at_step: int = 7) -> tuple[subprocess.Popen[str], Path]:
         log = self.work / "launch.log"
-        process = self.cluster.popen(["long.yaml", *HOSTS, *FP32, *args], self.work, self.environment, log)
+        command = ["long.yaml", *HOSTS, *FP32, *args]
+        process = self.cluster.popen(command, self.work, self.environment, log, TRAIN_AT_ONCE)
         self.processes.append(process)
         wait_until(lambda: (self.work / "runs").is_dir() and any((self.work / "runs").glob("long-*")), what="a run")
         run = only_run(self.work)

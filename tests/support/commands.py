@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = Path(sys.executable).with_name("launch")
 LAUNCH_TRAINING = (sys.executable, "-P", str(ROOT / "tests" / "support" / "train_stages.py"))
 """The same with the stages up to training alone, for what ends with it."""
+TRAIN_AT_ONCE = (*LAUNCH_TRAINING, "--no-connect")
+"""The same without measuring the network first."""
 FP32 = ("--set", "model.dtype=fp32")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -67,11 +67,18 @@ class SshCluster:
     path: str
     """PATH whose first `ssh` reads this cluster's configuration."""
 
-    def popen(self, args: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
+    def popen(
+        self,
+        args: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str],
+        log: Path,
+        program: Sequence[str] = (str(LAUNCH),),
+    ) -> subprocess.Popen[str]:
         """`launch ARGS` on the first host, with its output in `log`."""
         with open(log, "w", encoding="utf-8") as out:
             return subprocess.Popen(
-                [*self.hosts[0].host.prefix, str(LAUNCH), *args],
+                [*self.hosts[0].host.prefix, *program, *args],
                 cwd=cwd,
                 env={**env, "PATH": self.path},
                 stdin=subprocess.DEVNULL,
