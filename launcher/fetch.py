@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from pathlib import Path
 
 from trainer.checkpoint_format import newest_verified
@@ -73,6 +74,10 @@ def _make_folder(storage: Storage, run: RunDir) -> None:
             )
         there = RunDir(partial)
         data = read_json(there.status)
+        ran_until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["updated"]))
+        print(
+            f"{run.run_id}: ran on {data['host']}, {ran_until} at the latest copy; make sure that it does not run there any more"
+        )
         status = Status(**{**data, "attempts": [Attempt(**row) for row in data["attempts"]]})
         status.state, status.stage, status.pid, status.exit_code = STOPPED, "", 0, None
         status.stages = dict.fromkeys(status.stages, "waiting")

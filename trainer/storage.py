@@ -96,7 +96,7 @@ class Storage:
         """Bring one of `steps` into the folder `into`, verified; returns its folder there, which must not exist before."""
         final = into / path.rpartition("/")[2]
         with self._doing("list"):
-            entries = self._fs.ls(path, detail=True)
+            entries = [entry for entry in self._fs.ls(path, detail=True) if entry["type"] == "file"]
         require_space(into, sum(entry["size"] or 0 for entry in entries))
         with new_folder(final) as partial:
             for entry in entries:

@@ -65,6 +65,8 @@ class Copier:
         self._moved()
         timeout_s = self._spec.parallel.timeout_s
         with self._changed:
+            if waits_for := self._offered or self._copying:
+                print(f"waiting until {waits_for.name} is copied to {self._spec.storage.url}", flush=True)
             while self._offered or self._copying:
                 self._changed.wait(LOOK_S)
                 if time.monotonic() - self._moved_s > timeout_s:

@@ -58,6 +58,7 @@ def test_a_run_outlives_its_machine(
     resumed = launch("runs", "resume", f"{URL}/{run.name}", cwd=work)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"fetched step_{steps[0]:06d} from {URL}/{run.name}" in resumed.stdout
+    assert "make sure that it does not run there any more" in resumed.stdout
     assert min(step for step in losses(run) if step > steps[0]) == steps[0] + 1
     assert {**done, **losses(run)} == pytest.approx(straight, rel=1e-5)
     assert (run / "adapter" / "adapter_config.json").is_file()
