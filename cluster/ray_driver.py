@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from .outcome import job_status
 from .ray_nodes import alive_nodes, lost_nodes
 from .ray_placement import RayNode
 from .ray_report import forget_missing
-from .ray_room import NodesMissing, no_room, show_waiting, wait_for_room
+from .ray_room import BEGIN_S, NodesMissing, no_room, require_begun, show_waiting, wait_for_room
 
 GROUP_TIMEOUT_S = 600
 """Limit of each step that the watchers of all ranks take together; they take one a second."""
@@ -71,12 +72,13 @@ def main(argv: list[str]) -> int:
 def _run(job: JobSpec, stop: threading.Event) -> int:
     """Fit in a thread, so that this one hears signals. Returns the exit code."""
     errors: list[Exception] = []
-    nodes = alive_nodes()
+    nodes, begin_by_s = alive_nodes(), math.inf
 
     def fit() -> None:
-        nonlocal nodes
+        nonlocal nodes, begin_by_s
         try:
             nodes = wait_for_room(job)
+            begin_by_s = time.monotonic() + job.meeting.wait_s + BEGIN_S
             threading.Thread(target=show_waiting, args=(job, lambda: _has_started(job)), daemon=True).start()
             if job.num_processes == 1 and job.report is None:
                 _run_alone(job)
@@ -91,6 +93,9 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
     thread.start()
     while thread.is_alive() and not stop.is_set():
         thread.join(_POLL_S)
+        if time.monotonic() > begin_by_s:
+            begin_by_s = math.inf
+            require_begun(job)
     if stop.is_set():
         deadline = time.monotonic() + ray_worker.STOP_LOOK_S + ray_worker.GRACEFUL_S + _POLL_S
         while _has_started(job) and len(logs.read_exits(job.log_dir)) < job.num_processes:

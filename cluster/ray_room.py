@@ -12,6 +12,8 @@ from .job import ClusterError, JobSpec
 from .ray_nodes import alive_nodes
 from .ray_placement import RayNode
 
+BEGIN_S = 180.0
+"""Ray and Ray Train may take this long beside `meeting.wait_s`, from a cluster that is large enough to the last process."""
 WAIT_LINE_S = 5.0
 _LOOK_S = 1.0
 
@@ -86,3 +88,15 @@ def _is_pending(job: JobSpec) -> bool:
 
     groups = placement_group_table().values()
     return any(g["state"] in ("PENDING", "RESCHEDULING") and len(g["bundles"]) == job.num_processes for g in groups)
+
+
+def require_begun(job: JobSpec) -> None:
+    """To be asked `meeting.wait_s` + BEGIN_S after `wait_for_room`. Raises ClusterError naming the ranks that have not begun."""
+    missing = [rank for rank in range(job.num_processes) if not logs.rank_log(job.log_dir, rank).exists()]
+    if missing:
+        raise ClusterError(
+            f"rank {', '.join(map(str, missing))} has not begun {job.meeting.wait_s + BEGIN_S:g} s after the Ray cluster "
+            "was found large enough, and Ray does not say why",
+            "See ray status, and Ray's own logs on that node (/tmp/ray/session_latest/logs). cluster.wait_s raises the limit.",
+            EXIT_RETRY,
+        )

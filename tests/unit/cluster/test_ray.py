@@ -21,6 +21,7 @@ from cluster.ray_driver import lost_rank, runtime_env
 from cluster.ray_nodes import ClusterNode, Survey, clock_offset, find_cluster, survey_from_json
 from cluster.ray_placement import RayNode
 from cluster.ray_report import SNAPSHOT, Reporter, forget_missing
+from cluster.ray_room import require_begun
 from cluster.ray_worker import interface_of, worker_env
 
 JOB = JobSpec("train", "w", (), 2, (), {"OMP_NUM_THREADS": "3"}, "L", "C", "run", ray=RayRequest("h:1", 1, 1))
@@ -217,3 +218,13 @@ def test_exit_files_and_the_agents_failure_decide_the_status(tmp_path: Path) -> 
     assert logs.waiting_for(folder) == ""
     (tmp_path / logs.WAITING).write_text("waiting for 3 of 120 s: wanted 4 GPU\n")
     assert logs.waiting_for(folder) == "waiting for 3 of 120 s: wanted 4 GPU"
+
+
+def test_ranks_that_never_begin_are_named_and_not_waited_for_for_ever(tmp_path: Path) -> None:
+    job = dataclasses.replace(JOB, log_dir=str(tmp_path), meeting=Meeting(wait_s=5))
+    logs.rank_log(str(tmp_path), 0).touch()
+    with pytest.raises(ClusterError, match="rank 1 has not begun 185 s after") as told:
+        require_begun(job)
+    assert told.value.exit_code == 75
+    logs.rank_log(str(tmp_path), 1).touch()
+    require_begun(job)
