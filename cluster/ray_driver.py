@@ -337,8 +337,9 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
                 _fail(job, -1, _kind(base), base.message, base.hint, base.exit_code)
                 return
         died = {rank for rank, e in failures.items() if isinstance(e, (WorkerHealthCheckFailedError, RayError))}
-        gone = lost_nodes(nodes) if any(exits.get(rank, 0) <= 0 for rank in failures) else ()
-        rank = lost_rank(failures, died, exits, bool(gone))
+        is_told = len(exits) == job.num_processes and all(code > 0 for code in exits.values())
+        gone = () if is_told else lost_nodes(nodes)
+        rank = lost_rank(job.num_processes, failures, died, exits, bool(gone))
         if rank is not None:
             how = f" with the node {', '.join(gone)}" if gone else f": {_why(failures[rank])}"
             message = f"rank {rank} was lost{how}"
@@ -355,16 +356,19 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
         _fail(job, -1, kind, f"Ray ended the job: {lines[-1].strip()}", hint, _EXIT_CODES[kind])
 
 
-def lost_rank(failed: Collection[int], died: set[int], exits: Mapping[int, int], node_is_gone: bool) -> int | None:
+def lost_rank(
+    num_ranks: int, failed: Collection[int], died: set[int], exits: Mapping[int, int], node_is_gone: bool
+) -> int | None:
     """The rank of which only Ray can say what became of it; None where the ranks have said all themselves. Pure.
 
     `failed`: ranks that Ray counts as failed. `died`: those whose Ray worker has gone, and not only lost its connection to
     others. A process that was killed together with its Ray worker and its node is the node's loss: as they do not end at
-    the same instant, the signal may just have been written down.
+    the same instant, the signal may just have been written down. And the others may fail of it before Ray hears of the node.
     """
     silent = {rank for rank in failed if exits.get(rank, 0) == 0}
     taken = {rank for rank in died if exits.get(rank, 0) < 0} if node_is_gone else set()
-    return min(died & silent | taken or silent, default=None)
+    unheard = set(range(num_ranks)) - exits.keys() if node_is_gone else set()
+    return min(died & silent | taken or silent or unheard, default=None)
 
 
 def _kind(error: ClusterError) -> str:

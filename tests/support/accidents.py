@@ -120,7 +120,8 @@ def kill_host(scene: Scene) -> None:
     scene.machines.kill_host()
     time.sleep(10)
     scene.machines.bring_back()
-    named = scene.machines.broken.address if scene.machines.backend == "ray" else "beta"
+    is_ray = scene.machines.backend == "ray"
+    named = f"was lost with the node {scene.machines.broken.address}" if is_ray else "the link to beta:"
     went_on(scene, since, named)
 
 
@@ -155,7 +156,8 @@ def cut_for_good(scene: Scene) -> None:
     try:
         wait_until(lambda: not far.jobs(), GONE_S, "the far host ends its own processes")
         gone_s = time.time() - since
-        named = far.address if scene.machines.backend == "ray" else "host beta has not been heard for"
+        is_ray = scene.machines.backend == "ray"
+        named = f"was lost with the node {far.address}" if is_ray else "host beta has not been heard for"
         stopped(scene, since, 75, named)
     finally:
         scene.machines.abandon()

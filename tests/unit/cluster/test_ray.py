@@ -72,12 +72,14 @@ def test_a_link_between_workers_may_be_silent_for_as_long_as_a_host() -> None:
         ([0, 1], {1}, {0: 75, 1: -9}, False, None),  # killed, on a node that is well
         ([0, 1], set(), {0: 75, 1: -9}, True, None),  # killed, and some other node has gone
         ([0, 1], set(), {0: 70, 1: 75}, True, None),
+        ([1], set(), {1: 70}, True, 0),  # it failed of what Ray has not heard of yet
+        ([1], set(), {1: 70}, False, None),
     ],
 )
 def test_who_went_with_a_node(
     failed: list[int], died: set[int], exits: dict[int, int], node_is_gone: bool, rank: int | None
 ) -> None:
-    assert lost_rank(failed, died, exits, node_is_gone) == rank
+    assert lost_rank(2, failed, died, exits, node_is_gone) == rank
 
 
 def test_exact_devices_of_a_ray_of_our_own_stay_in_rank_order() -> None:
