@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from . import failure, logs
 from .job import JobState, JobStatus
@@ -27,3 +27,18 @@ def job_status(
     if cause.exit_code == failure.EXIT_STOPPED:
         return JobStatus(JobState.STOPPED, failure.EXIT_STOPPED, None)
     return JobStatus(JobState.FAILED, cause.exit_code, cause)
+
+
+def lost_rank(
+    num_ranks: int, failed: Collection[int], died: set[int], exits: Mapping[int, int], node_is_gone: bool
+) -> int | None:
+    """The rank of which only Ray can say what became of it; None where the ranks have said all themselves. Pure.
+
+    `failed`: ranks that Ray counts as failed. `died`: those whose Ray worker has gone, and not only lost its connection to
+    others. A process that was killed together with its Ray worker and its node is the node's loss: as they do not end at
+    the same instant, the signal may just have been written down. And the others may fail of it before Ray hears of the node.
+    """
+    silent = {rank for rank in failed if exits.get(rank, 0) == 0}
+    taken = {rank for rank in died if exits.get(rank, 0) < 0} if node_is_gone else set()
+    unheard = set(range(num_ranks)) - exits.keys() if node_is_gone else set()
+    return min(died & silent | taken or silent or unheard, default=None)

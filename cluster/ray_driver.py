@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +26,7 @@ from .environment import travelling
 from .explain import explain
 from .failure import EXIT_BUG, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
 from .job import ClusterError, JobSpec
-from .outcome import job_status
+from .outcome import job_status, lost_rank
 from .ray_nodes import alive_nodes, lost_nodes
 from .ray_placement import RayNode
 from .ray_report import forget_missing
@@ -354,21 +354,6 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
         kind, hint = (known.kind, known.hint) if known else ("retry", _LOST_HINT)
         lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         _fail(job, -1, kind, f"Ray ended the job: {lines[-1].strip()}", hint, _EXIT_CODES[kind])
-
-
-def lost_rank(
-    num_ranks: int, failed: Collection[int], died: set[int], exits: Mapping[int, int], node_is_gone: bool
-) -> int | None:
-    """The rank of which only Ray can say what became of it; None where the ranks have said all themselves. Pure.
-
-    `failed`: ranks that Ray counts as failed. `died`: those whose Ray worker has gone, and not only lost its connection to
-    others. A process that was killed together with its Ray worker and its node is the node's loss: as they do not end at
-    the same instant, the signal may just have been written down. And the others may fail of it before Ray hears of the node.
-    """
-    silent = {rank for rank in failed if exits.get(rank, 0) == 0}
-    taken = {rank for rank in died if exits.get(rank, 0) < 0} if node_is_gone else set()
-    unheard = set(range(num_ranks)) - exits.keys() if node_is_gone else set()
-    return min(died & silent | taken or silent or unheard, default=None)
 
 
 def _kind(error: ClusterError) -> str:

@@ -15,9 +15,9 @@ import pytest
 
 from cluster import logs, ray_local
 from cluster.job import ClusterError, JobReport, JobSpec, Meeting, NodeShare, RayRequest
-from cluster.outcome import job_status
+from cluster.outcome import job_status, lost_rank
 from cluster.preflight import HostReport
-from cluster.ray_driver import lost_rank, runtime_env
+from cluster.ray_driver import runtime_env
 from cluster.ray_nodes import ClusterNode, Survey, clock_offset, find_cluster, survey_from_json
 from cluster.ray_placement import RayNode
 from cluster.ray_report import SNAPSHOT, Reporter, forget_missing
