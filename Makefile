@@ -40,18 +40,23 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest -q --durations=15
 
-several-hosts:
-	@command -v ip >/dev/null && command -v openssl >/dev/null && [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ] || {
-	  echo "hosts are made here, from network namespaces: that needs root, ip, sshd and openssl (apt install iproute2 openssh-server openssl)"; exit 2; }
+# Hosts are made from network namespaces of this machine.
+CAN_MAKE_HOSTS = command -v ip >/dev/null && command -v openssl >/dev/null && [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ]
+HOSTS_NEED := making hosts needs root, ip, sshd and openssl (apt install iproute2 openssh-server openssl)
 
-test-cluster: install several-hosts
+test-cluster: install
+	@$(CAN_MAKE_HOSTS) || { echo "$(HOSTS_NEED)"; exit 2; }
 	$(BIN)/python -m pytest -q --durations=5 tests/hosts
 
 # CHAOS=N: N kills at random after those at every boundary; ROUNDS=N: each accident on several machines N times.
 # `.ci/run` takes CHAOS=0, none at random and one accident (about 5 minutes).
-chaos: install several-hosts
-	@TUNELAUNCH_CHAOS_KILLS=$(or $(CHAOS),200) TUNELAUNCH_CHAOS_ROUNDS=$(if $(filter 0,$(CHAOS)),0,$(or $(ROUNDS),2)) \
-	  $(BIN)/python -m pytest -q -s tests/chaos
+chaos: install
+	@what=tests/chaos
+	$(CAN_MAKE_HOSTS) || {
+	  echo "NOT RUN: accidents on several machines; $(HOSTS_NEED)"
+	  what="$$what --ignore=tests/chaos/test_many_machines.py"; }
+	TUNELAUNCH_CHAOS_KILLS=$(or $(CHAOS),200) TUNELAUNCH_CHAOS_ROUNDS=$(if $(filter 0,$(CHAOS)),0,$(or $(ROUNDS),2)) \
+	  $(BIN)/python -m pytest -q -s $$what
 
 matrix: install
 	@$(BIN)/python -m pytest -q -s tests/matrix
@@ -74,4 +79,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test several-hosts test-cluster chaos matrix bench bench-artefacts check clean
+.PHONY: help install demo test test-cluster chaos matrix bench bench-artefacts check clean

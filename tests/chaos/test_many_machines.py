@@ -84,6 +84,7 @@ def test_an_accident_costs_a_checkpoint_interval_at_most_and_leaves_nothing_behi
             assert 0 <= seen.lost_steps <= EVERY
 
 
+# Not in CI: two minutes more, of which test_submit_to_ray.py there already proves all but the accident.
 @pytest.mark.skipif(
     not ROUNDS, reason="a Ray with a dashboard, and a run that is submitted to it: only in the long one"
 )
