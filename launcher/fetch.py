@@ -7,9 +7,10 @@ import re
 import time
 from pathlib import Path
 
-from trainer.checkpoint_format import newest_verified
+from trainer.checkpoint_format import newest_verified, step_of
 from trainer.disk import new_folder
-from trainer.storage import Storage
+from trainer.spec import TrainError
+from trainer.storage import DamagedCopyError, Storage
 
 from .errors import LaunchError
 from .recipe_schema import PATTERNS, STORAGE_URL
@@ -43,17 +44,30 @@ def fetch(url: str, runs_dir: Path) -> RunDir:
         _require_ended(run)
     else:
         _make_folder(storage, run)
-    step, path = steps[0]
-    own, _ = newest_verified(run.checkpoints)
-    if own is not None and int(own.name.removeprefix("step_")) >= step:
-        print(f"{run.run_id}: {own.name} is here already and whole")
-        return run
-    damaged = run.checkpoints / path.rpartition("/")[2]
-    if damaged.exists():
-        damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
-    fetched = storage.fetch_checkpoint(path, run.checkpoints)
-    print(f"{run.run_id}: fetched {fetched.name} from {url}, every byte compared with its manifest")
+    _fetch_newest(storage, steps, run)
     return run
+
+
+def _fetch_newest(storage: Storage, steps: list[tuple[int, str]], run: RunDir) -> None:
+    """The newest one that is whole, as a resume takes it. Raises TrainError where there is none, there or here."""
+    own, _ = newest_verified(run.checkpoints)
+    own_step = step_of(own.name) if own is not None else None
+    for step, path in steps:
+        if own is not None and own_step is not None and own_step >= step:
+            print(f"{run.run_id}: {own.name} is here already and whole")
+            return
+        damaged = run.checkpoints / path.rpartition("/")[2]
+        if damaged.exists():
+            damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
+        try:
+            fetched = storage.fetch_checkpoint(path, run.checkpoints)
+        except DamagedCopyError as e:
+            print(f"skipped: {e}")
+            continue
+        print(f"{run.run_id}: fetched {fetched.name} from {storage.url}, every byte compared with its manifest")
+        return
+    if own is None:
+        raise TrainError(f"{storage.url}: none of its {len(steps)} checkpoints is whole", "Start the run anew.")
 
 
 def _require_ended(run: RunDir) -> None:

@@ -80,6 +80,12 @@ def step_folder_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(name: str) -> int | None:
+    """200 for step_000200; None for the name of anything else."""
+    match = STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def write_manifest(step_dir: Path, manifest: Manifest) -> None:
     """Write manifest.json atomically and flush it to the disk. Raises TrainError when the disk refuses."""
     data = {"format": FORMAT} | vars(manifest)
@@ -187,8 +193,8 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each step_N folder, newest first. Unfinished ones (`.partial`) and other names do not count."""
     if not folder.is_dir():
         return []
-    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    found = [(step_of(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted(((step, path) for step, path in found if step is not None), reverse=True)
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -252,8 +258,7 @@ def _rank_problems(step_dir: Path, manifest: Manifest) -> list[str]:
         problems.append(
             f"{path}: files are listed for ranks {ranks[:20]}, expected each of 0 to {manifest.world_size - 1}"
         )
-    match = STEP_FOLDER.fullmatch(step_dir.name)
-    if match and int(match[1]) != manifest.step:
+    if step_of(step_dir.name) not in (None, manifest.step):
         problems.append(f"{path}: is of step {manifest.step}, its folder is named {step_dir.name}")
     return problems
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .checkpoint_format import MANIFEST, STEP_FOLDER, ShardFile, read_manifest, verify
+from .checkpoint_format import MANIFEST, ShardFile, read_manifest, step_of, verify
 from .disk import fsync_path, new_folder, require_space, writing
 from .spec import EXIT_RETRY, EXIT_USER, TrainError
 
@@ -36,6 +36,10 @@ PARALLEL_FILES = 4
 CHECKPOINTS = "checkpoints"
 _NEED_A_PERSON = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError")
 """What the clients raise without credentials; they share no base class that fsspec knows."""
+
+
+class DamagedCopyError(TrainError):
+    """What is in the bucket is not what its manifest says."""
 
 
 class Storage:
@@ -80,20 +84,21 @@ class Storage:
             return False
         with self._doing("replace a checkpoint in"), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(f"{there}/{MANIFEST}")
-        shards = read_manifest(folder).files
-        with ThreadPoolExecutor(min(len(shards), PARALLEL_FILES), "storage") as threads:
-            list(
-                threads.map(lambda shard: self._put_shard(folder / shard.file, f"{there}/{shard.file}", shard), shards)
-            )
+        read = read_manifest(folder)
+        with ThreadPoolExecutor(min(len(read.files), PARALLEL_FILES), "storage") as threads:
+            list(threads.map(lambda s: self._put_shard(folder / s.file, f"{there}/{s.file}", s), read.files))
         for path in beside:
             if path.is_file():
                 self._put_bytes(path.read_bytes(), f"{self._root}/{path.name}")
         self._put_bytes(manifest, f"{there}/{MANIFEST}")
-        self._prune(int(folder.name.removeprefix("step_")), keep)
+        self._prune(read.step, keep)
         return True
 
     def fetch_checkpoint(self, path: str, into: Path) -> Path:
-        """Bring one of `steps` into the folder `into`, verified; returns its folder there, which must not exist before."""
+        """Bring one of `steps` into the folder `into`, verified; returns its folder there, which must not exist before.
+
+        Raises DamagedCopyError, and then leaves nothing.
+        """
         final = into / path.rpartition("/")[2]
         with self._doing("list"):
             entries = [entry for entry in self._fs.ls(path, detail=True) if entry["type"] == "file"]
@@ -103,10 +108,7 @@ class Storage:
                 self._get(entry["name"], entry["size"], partial / entry["name"].rpartition("/")[2])
             problems = verify(partial)
             if problems:
-                raise TrainError(
-                    f"{self.url}: {final.name} is damaged: {'; '.join(problems[:3])}",
-                    "Fetch an earlier one: remove this one from the bucket first.",
-                )
+                raise DamagedCopyError(f"{self.url}: {final.name} is damaged: {'; '.join(problems[:3])}")
         return final
 
     def fetch_files(self, names: Iterable[str], into: Path) -> list[str]:
@@ -129,8 +131,8 @@ class Storage:
             except FileNotFoundError:
                 return []
             paths = {str(entry).rstrip("/") for entry in entries}
-            found = [(STEP_FOLDER.fullmatch(path.rpartition("/")[2]), path) for path in paths]
-            steps = sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+            found = [(step_of(path.rpartition("/")[2]), path) for path in paths]
+            steps = sorted(((step, path) for step, path in found if step is not None), reverse=True)
             return [(step, path, self._is_there(f"{path}/{MANIFEST}")) for step, path in steps]
 
     def _is_there(self, path: str) -> bool:
@@ -223,10 +225,10 @@ def _told(error: Exception, what: str) -> TrainError:
     message = f"{what}: {lines[0][:300]}"
     if isinstance(error, PermissionError) or type(error).__name__ in _NEED_A_PERSON:
         hint = (
-            "The workers' credentials do not allow it. Name them in the recipe, and set them where the workers start: "
-            "secrets: [AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY]"
+            "There are no credentials, or they do not allow it. For `launch runs fetch` they are set here; for a run, where its "
+            "workers start, and are named in the recipe: secrets: [AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY]"
         )
         return TrainError(message, hint, EXIT_USER)
     if isinstance(error, (FileNotFoundError, ValueError, NotADirectoryError)):
         return TrainError(message, "Does the bucket or folder exist? storage.url names it.", EXIT_USER)
-    return TrainError(message, "Is it reachable from the host of rank 0?", EXIT_RETRY)
+    return TrainError(message, f"Is it reachable from this host ({os.uname().nodename})?", EXIT_RETRY)

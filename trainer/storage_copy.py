@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from .checkpoint_format import step_of
 from .engine import Ranks
 from .heartbeat import HEARTBEAT
 from .metrics import event
@@ -21,21 +23,23 @@ class Copier:
     """On other ranks than 0, and without a storage, every method does nothing."""
 
     def __init__(self, spec: TrainSpec, ranks: Ranks) -> None:
-        """Raises TrainError when the storage cannot be written to."""
+        """Raises TrainError when the storage cannot be written to: not only `prepare` asks, which may run on another host."""
         self._spec = spec
+        self._thread = ThreadPoolExecutor(1, "storage")
+        self._work: list[Future[None]] = []
+        """One for each offer; a bug of any of them ends the run in `finish`."""
         self._changed = threading.Condition()
         self._offered: Path | None = None
         self._copying: Path | None = None
         self._problem: TrainError | None = None
         """Why the checkpoint that was offered last is not there."""
         self._newest_step = 0
+        self._is_awaited = False
         self._moved_s = time.monotonic()
         self._is_on = bool(spec.storage.url) and ranks.rank == 0
         if self._is_on:
             self._storage = Storage(spec.storage.url, self._moved)
             self._storage.probe()
-            # A daemon: a client that is stuck must not keep the process from ending.
-            threading.Thread(target=self._copy_for_ever, name="storage", daemon=True).start()
 
     @property
     def copying(self) -> Path | None:
@@ -49,52 +53,59 @@ class Copier:
         with self._changed:
             self._offered = checkpoint
             self._changed.notify_all()
+        self._work.append(self._thread.submit(self._copy_offered))
 
     def saved(self, ended: list[Saved]) -> None:
         """Offer those of these saves that ended well."""
         for save in ended:
             if save.problem is None:
-                self._newest_step = int(save.name.removeprefix("step_"))
+                self._newest_step = step_of(save.name) or 0
                 self.offer(Path(self._spec.paths.checkpoints_dir) / save.name)
 
     def finish(self) -> None:
         """Wait for the newest one. Raises TrainError when it cannot be copied, or nothing has moved for `run.timeout_s`."""
-        if not self._is_on:
+        if not self._work:
             return
         HEARTBEAT.beat("copy to the storage", may_last=True)
+        self._is_awaited = True
         self._moved()
         timeout_s = self._spec.parallel.timeout_s
-        with self._changed:
-            if waits_for := self._offered or self._copying:
-                print(f"waiting until {waits_for.name} is copied to {self._spec.storage.url}", flush=True)
-            while self._offered or self._copying:
-                self._changed.wait(LOOK_S)
-                if time.monotonic() - self._moved_s > timeout_s:
-                    raise TrainError(
-                        f"{self._spec.storage.url}: nothing has moved for {timeout_s} s",
-                        "The checkpoints of the run folder are whole. run.timeout_s sets how long it may take.",
-                        EXIT_RETRY,
-                    )
+        if waits_for := self._offered or self._copying:
+            print(f"waiting until {waits_for.name} is copied to {self._spec.storage.url}", flush=True)
+        while wait(self._work, LOOK_S).not_done:
+            if time.monotonic() - self._moved_s > timeout_s:
+                raise TrainError(
+                    f"{self._spec.storage.url}: nothing has moved for {timeout_s} s",
+                    "The checkpoints of the run folder are whole. run.timeout_s sets how long it may take.",
+                    EXIT_RETRY,
+                )
+        for work in self._work:
+            work.result()
         if self._problem:
             raise self._problem
-        if self._newest_step:
-            # What was spared while it was copied.
+        self._prune_what_was_spared()
+
+    def _prune_what_was_spared(self) -> None:
+        try:
             prune(Path(self._spec.paths.checkpoints_dir), self._newest_step, self._spec.checkpoint.keep)
+        except OSError as e:
+            print(f"WARNING: an old checkpoint cannot be removed: {e.strerror}", flush=True)
 
     def _moved(self) -> None:
         self._moved_s = time.monotonic()
-        HEARTBEAT.sign()
+        if self._is_awaited:
+            # Not beside training: bytes that move there say nothing about a loop that may hang.
+            HEARTBEAT.sign()
 
-    def _copy_for_ever(self) -> None:
-        while True:
-            with self._changed:
-                while self._offered is None:
-                    self._changed.wait()
-                self._copying, self._offered = self._offered, None
+    def _copy_offered(self) -> None:
+        with self._changed:
+            if self._offered is None:
+                return  # the offer before took this one along
+            self._copying, self._offered = self._offered, None
+        try:
             self._problem = self._copy(self._copying)
-            with self._changed:
-                self._copying = None
-                self._changed.notify_all()
+        finally:
+            self._copying = None
 
     def _copy(self, checkpoint: Path) -> TrainError | None:
         """Tries again what may pass, until a newer one is offered."""

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.tiny_checkpoints import save_checkpoint
 import trainer.storage_copy
 from trainer.checkpoint_format import MANIFEST, verify
 from trainer.engine import Ranks
+from trainer.heartbeat import HEARTBEAT
 from trainer.metrics import read_lines
 from trainer.saver import Saved, prune
 from trainer.spec import StorageSpec, TrainError, TrainSpec
@@ -231,6 +233,36 @@ def test_a_client_that_hangs_is_not_waited_for_for_ever(spec: TrainSpec, monkeyp
     with pytest.raises(TrainError, match="nothing has moved for 1 s"):
         copier.finish()
     gate.opened.set()
+
+
+def test_bytes_that_move_beside_training_are_no_sign_of_its_life(spec: TrainSpec) -> None:
+    copier = Copier(spec, RANK_0)
+    before = HEARTBEAT._signs
+    checkpoint(Path(spec.paths.checkpoints_dir), 10)
+    copier.saved(saved(10))
+    wait(copier._work)
+    assert HEARTBEAT._signs == before, "a loop that hangs would not be noticed"
+    checkpoint(Path(spec.paths.checkpoints_dir), 20)
+    copier._is_awaited = True
+    copier.saved(saved(20))
+    wait(copier._work)
+    assert HEARTBEAT._signs > before, "a long wait at the end would be taken for a hang"
+
+
+def test_a_bug_of_the_thread_ends_the_run_and_not_its_patience(
+    spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copier = Copier(spec, RANK_0)
+
+    def broken(*_: object) -> bool:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(copier._storage, "put_checkpoint", broken)
+    copier.saved(saved(10))
+    wait(copier._work)
+    assert copier.copying is None
+    with pytest.raises(RuntimeError, match="a bug"):
+        copier.finish()
 
 
 def test_other_ranks_and_runs_without_a_storage_do_nothing(spec: TrainSpec, there: Path) -> None:
