@@ -14,7 +14,7 @@ help:
 	@echo "make test          install, then run every test"
 	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root, iproute2, sshd, openssl)"
 	@echo "make chaos         kill a saving run 200 times, fill its disk, break hosts and networks under runs; writes docs/chaos*.md"
-	@echo "make matrix        every method, ZeRO stage and dtype on a real model"
+	@echo "make matrix        every method, ZeRO stage and dtype on a real model, and the demo on every backend"
 	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
 	@echo "make check         format, lint, types, unit and architecture tests (under a minute)"
 	@echo "make clean         remove .venv"
@@ -43,6 +43,8 @@ test: install
 # Hosts are made from network namespaces of this machine.
 CAN_MAKE_HOSTS = command -v ip >/dev/null && command -v openssl >/dev/null && [ -x /usr/sbin/sshd ] && [ "$$(id -u)" = 0 ]
 HOSTS_NEED := making hosts needs root, ip, sshd and openssl (apt install iproute2 openssh-server openssl)
+# $(call unless_hosts,WHAT,FILE): where hosts cannot be made, say that WHAT is not run, and leave FILE out of $$what.
+unless_hosts = $(CAN_MAKE_HOSTS) || { echo "NOT RUN: $(1); $(HOSTS_NEED)"; what="$$what --ignore=$(2)"; }
 
 test-cluster: install
 	@$(CAN_MAKE_HOSTS) || { echo "$(HOSTS_NEED)"; exit 2; }
@@ -52,14 +54,14 @@ test-cluster: install
 # `.ci/run` takes CHAOS=0, none at random and one accident (about 5 minutes).
 chaos: install
 	@what=tests/chaos
-	$(CAN_MAKE_HOSTS) || {
-	  echo "NOT RUN: accidents on several machines; $(HOSTS_NEED)"
-	  what="$$what --ignore=tests/chaos/test_many_machines.py"; }
+	$(call unless_hosts,accidents on several machines,tests/chaos/test_many_machines.py)
 	TUNELAUNCH_CHAOS_KILLS=$(or $(CHAOS),200) TUNELAUNCH_CHAOS_ROUNDS=$(if $(filter 0,$(CHAOS)),0,$(or $(ROUNDS),2)) \
 	  $(BIN)/python -m pytest -q -s $$what
 
 matrix: install
-	@$(BIN)/python -m pytest -q -s tests/matrix
+	@what=tests/matrix
+	$(call unless_hosts,the demo on every backend,tests/matrix/test_demo_on_every_backend.py)
+	$(BIN)/python -m pytest -q -s $$what
 
 # BENCH="--rows packed --quick" and the like; `make bench BENCH=--help` lists the options.
 bench: install
