@@ -1,4 +1,4 @@
-"""The entry of every worker process: `-m trainer.worker STAGE ...`. One of the two places with a broad except.
+"""The entry of every worker process: `-m trainer.worker STAGE ...`. One of the few places with a broad except (tests/architecture).
 
 First it makes sure that it is OUR `trainer`, that it dies with its parent, and that all it prints is kept.
 """
