@@ -20,10 +20,12 @@ from trainer.heartbeat import heartbeat_file
 
 BUSY_SHARE = 0.05
 """A rank that uses more of a core than this between two of its signs is computing."""
-_BLOCK = re.compile(
-    r"^(?:Current thread|Thread) (0x[0-9a-f]+) \(most recent call first\):\n((?:  File .*\n?)*)", re.MULTILINE
-)
 _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\S+)')
+_STACK = re.compile(
+    r"^(?:Current thread|Thread) (0x[0-9a-f]+) \(most recent call first\):\n((?:  .*\n)*)", re.MULTILINE
+)
+# The last line of the main thread's stack, of any other's, of one with more frames than faulthandler writes.
+_OUTERMOST = re.compile(r"(?: in (?:<module>|_bootstrap)|\n  \.\.\.)$")
 # Where a rank waits for the others, and what only hands the call on.
 _WAITS = "torch/distributed/distributed_c10d.py"
 _PASSES_ON = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/utils/")
@@ -165,6 +167,12 @@ def understand(
     return Hang(behind, message, "\n".join(page) + "\n")
 
 
+def is_whole(text: str, thread: int) -> bool:
+    """Whether the last stack of `thread` in what faulthandler has written so far goes down to its outermost frame."""
+    stacks = _stacks_of(text, thread)
+    return bool(stacks) and _OUTERMOST.search(stacks[-1].rstrip("\n")) is not None
+
+
 def _behind(beats: Mapping[int, Beat], frames: Mapping[int, list[re.Match[str]]]) -> tuple[int, ...]:
     least = min(beat.beats for beat in beats.values())
     last = [rank for rank, beat in beats.items() if beat.beats == least]
@@ -198,5 +206,9 @@ def _where(frame: re.Match[str]) -> str:
 
 def _frames(text: str, thread: int) -> list[re.Match[str]]:
     """The frames of the thread that does the work, the innermost first, of the last stacks that a rank wrote."""
-    blocks = [frames for name, frames in _BLOCK.findall(text) if int(name, 16) == thread]
-    return list(_FRAME.finditer(blocks[-1])) if blocks else []
+    stacks = _stacks_of(text, thread)
+    return list(_FRAME.finditer(stacks[-1])) if stacks else []
+
+
+def _stacks_of(text: str, thread: int) -> list[str]:
+    return [stack for name, stack in _STACK.findall(text) if int(name, 16) == thread]

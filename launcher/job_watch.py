@@ -14,7 +14,7 @@ from trainer.heartbeat import STACKS_REQUEST, heartbeat_file, signal_stacks_file
 from trainer.spec import EXIT_RETRY
 
 from .errors import LaunchError
-from .hang import Beat, HangWatch, read_beats, understand
+from .hang import Beat, HangWatch, is_whole, read_beats, understand
 from .run_dir import write_atomic
 
 LOOK_S = 1.0
@@ -22,7 +22,7 @@ SIGNAL_AFTER_S = 3.0
 """A rank that has not written its stacks by itself after so long is asked by a signal, where it is on this host."""
 STACKS_WAIT_S = 10.0
 WRITING_S = 0.5
-"""Stacks are whole once nothing has been added to them for so long: they are written line by line."""
+"""Stacks are written line by line: whole ones, to which nothing has been added for so long, are read."""
 PAGE = "hang.txt"
 
 
@@ -90,21 +90,23 @@ class JobWatch:
                     _ask_by_signal(self.watch.beats.get(rank))
             time.sleep(0.1)
         self._wait_until_written()
-        found: dict[int, str] = {}
-        for rank in ranks:
-            for path in _answers(self.log_dir, rank):
-                with contextlib.suppress(OSError):
-                    found[rank] = found.get(rank, "") + path.read_text(encoding="utf-8", errors="replace")
-        return found
+        return {rank: "".join(map(_read, _answers(self.log_dir, rank))) for rank in ranks}
 
     def _wait_until_written(self) -> None:
         ends = time.monotonic() + STACKS_WAIT_S
         before: list[tuple[int, ...]] = []
-        while (sizes := [_sizes(self.log_dir, rank) for rank in range(self.job.num_processes)]) != before:
+        while (sizes := [_sizes(self.log_dir, rank) for rank in range(self.job.num_processes)]) != before or any(
+            self._is_writing(rank) for rank in self.watch.beats
+        ):
             if time.monotonic() > ends:
                 return
             before = sizes
             time.sleep(WRITING_S)
+
+    def _is_writing(self, rank: int) -> bool:
+        """A busy machine may take longer than WRITING_S between two lines."""
+        thread = self.watch.beats[rank].thread
+        return any(answer and not is_whole(answer, thread) for answer in map(_read, _answers(self.log_dir, rank)))
 
 
 def _ask_by_signal(beat: Beat | None) -> None:
@@ -119,6 +121,13 @@ def _ask_by_signal(beat: Beat | None) -> None:
 def _answers(log_dir: Path, rank: int) -> tuple[Path, ...]:
     """Where a rank writes its stacks. The signal's come last: where a stopped process stood goes before where it went on to."""
     return stacks_file(log_dir, rank), signal_stacks_file(log_dir, rank)
+
+
+def _read(answer: Path) -> str:
+    try:
+        return answer.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _sizes(log_dir: Path, rank: int) -> tuple[int, ...]:

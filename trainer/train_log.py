@@ -64,6 +64,7 @@ class Log:
 
     def _row(self, step: Step, progress: Progress, learning_rate: float, profiled: bool) -> dict[str, Any]:
         share = self.throughput.share_of_peak(step.tokens, step.seconds)
+        memory_gb = peak_memory_gb(self.spec.parallel.device)
         row: dict[str, Any] = {
             "step": progress.step,
             "total_steps": self.total_steps,
@@ -84,8 +85,9 @@ class Log:
             "tokens_per_second": round(step.tokens / step.seconds, 1),
             "supervised_tokens_per_second": round(step.supervised_tokens / step.seconds, 1),
             "share_of_peak": None if share is None else round(share, 4),
-            "memory_gb": round(peak_memory_gb(self.spec.parallel.device), 3),
-            "memory_gb_max": round(step.memory_gb, 3),
+            "memory_gb": round(memory_gb, 3),
+            # This rank's peak may have grown since the ranks told theirs.
+            "memory_gb_max": round(max(step.memory_gb, memory_gb), 3),
         }
         if step.loss_scale is not None:
             row["loss_scale"] = step.loss_scale

@@ -233,6 +233,7 @@ def test_a_client_that_hangs_is_not_waited_for_for_ever(spec: TrainSpec, monkeyp
     with pytest.raises(TrainError, match="nothing has moved for 1 s"):
         copier.finish()
     gate.opened.set()
+    wait(copier._work)
 
 
 def test_bytes_that_move_beside_training_are_no_sign_of_its_life(spec: TrainSpec) -> None:
