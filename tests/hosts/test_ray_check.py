@@ -58,11 +58,12 @@ def work(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def launched(cluster: Cluster, work: Path, environment: dict[str, str]) -> Launched:
-    """`launch ARGS` on the head, to its end."""
+    """`launch ARGS` on the head, or on the other node, to its end."""
     env = {k: v for k, v in environment.items() if not k.startswith("RAY_")} | cluster.nodes.env
 
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        argv = [*cluster.hosts[0].prefix, str(LAUNCH), *args]
+    def run(*args: str, on_head: bool = True) -> subprocess.CompletedProcess[str]:
+        prefix = cluster.hosts[0].prefix if on_head else cluster.nodes.on_last(work)
+        argv = [*prefix, str(LAUNCH), *args]
         return subprocess.run(argv, cwd=work, env=env, capture_output=True, text=True, timeout=140, check=False)
 
     return run
@@ -76,10 +77,11 @@ def check_nothing_began(cluster: Cluster, work: Path) -> None:
 
 
 def test_nodes_that_fit_are_shown_and_measured(cluster: Cluster, work: Path, launched: Launched) -> None:
-    done = launched("cluster", "check", "tiny_cpu.yaml", *ON_BOTH)
+    done = launched("cluster", "check", "tiny_cpu.yaml", *ON_BOTH, on_head=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
-    assert rows[:4] == ["host", *(host.address for host in cluster.hosts), "this host"]
+    first, second = (host.address for host in cluster.hosts)
+    assert rows[:4] == ["host", second, first, "this host"], "the node on which it is typed comes first"
     assert "2 ranks met in" in done.stdout
     assert "GB/s" in done.stdout
     check_nothing_began(cluster, work)

@@ -66,6 +66,11 @@ class RayNodes:
         argv, env = [*host.prefix, *program, *args, "--backend", "ray"], self.environment(of_a_user)
         return subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
+    def on_last(self, cwd: Path) -> tuple[str, ...]:
+        """Put before a command, it runs in `cwd` on the host of the last node, which has its own processes by `of_last`."""
+        last = self.nodes[-1].pid
+        return ("nsenter", "-t", str(last), "-n", "-m", f"--pid=/proc/{last}/ns/pid_for_children", f"--wd={cwd}")
+
     def wait(self, count: int) -> None:
         """Until Ray has exactly so many living nodes."""
         argv = [*self.prefix, sys.executable, "-P", "-m", "cluster.ray_nodes", self.address]
@@ -101,7 +106,9 @@ def ray_nodes(
 ) -> Iterator[RayNodes]:
     """A head on the first of `hosts` and a node on each other; none: one node on this host, on a port of its own.
 
-    `of_last`: a folder that comes first on the import path of the last node.
+    `of_last`: a folder that comes first on the import path of the last node, which also sees no processes but its own. Ray
+    takes for the node of a driver any whose process the driver can see, and a head before others: of all hosts of this
+    machine, and then what the driver puts into Ray reaches no other node.
     """
     token = folder / "cluster_token"
     token.write_text("5" * 64, encoding="utf-8")
@@ -120,6 +127,7 @@ def ray_nodes(
         which += [f"--temp-dir={session}"] if index == 0 else [f"--address={joined}"]
         prefix = hosts[index].prefix if hosts else ()
         if of_last is not None and index == len(addresses) - 1:
+            prefix = (*prefix, "unshare", "--mount-proc", "--fork", "--pid", "--kill-child")
             prefix = (*prefix, "env", f"PYTHONPATH={of_last}{os.pathsep}{env['PYTHONPATH']}")
         commands.append([*prefix, *start, *which, f"--node-ip-address={address}"])
     found = RayNodes(joined, {**env, "RAY_ADDRESS": joined}, commands, folder, hosts[0].prefix if hosts else ())
