@@ -24,8 +24,8 @@ _FRAME = re.compile(r'  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<name>\
 _STACK = re.compile(
     r"^(?:Current thread|Thread) (0x[0-9a-f]+) \(most recent call first\):\n((?:  .*\n)*)", re.MULTILINE
 )
-# The last line of the main thread's stack, of any other's, of one with more frames than faulthandler writes.
-_OUTERMOST = re.compile(r"(?: in (?:<module>|_bootstrap)|\n  \.\.\.)$")
+# The last line of the main thread's stack (of a script, of -m), of any other's, of one with more frames than faulthandler writes.
+_OUTERMOST = re.compile(r"(?: in (?:<module>|_run_module_as_main|_bootstrap)|\n  \.\.\.)$")
 # Where a rank waits for the others, and what only hands the call on.
 _WAITS = "torch/distributed/distributed_c10d.py"
 _PASSES_ON = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/utils/")

@@ -35,13 +35,19 @@ print(thread.ident, threading.get_ident())
 
 
 @pytest.mark.parametrize("deep", [0, 150])
-def test_a_stack_is_whole_with_its_outermost_frame_and_not_a_line_before(deep: int) -> None:
-    done = subprocess.run([sys.executable, "-c", DUMP % deep], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("how", ["script.py", "-mscript"])
+def test_a_stack_is_whole_with_its_outermost_frame_and_not_a_line_before(tmp_path: Path, how: str, deep: int) -> None:
+    (tmp_path / "script.py").write_text(DUMP % deep, encoding="utf-8")
+    done = subprocess.run([sys.executable, how], cwd=tmp_path, capture_output=True, text=True, check=True)
     for thread in map(int, done.stdout.split()):
         begins = done.stderr.index(f"0x{thread:016x} (most")
-        ends = begins + re.search(r"\n(?! )", done.stderr[begins + 60 :] + "\n").start() + 60  # type: ignore[union-attr]
-        wholes = [n for n in range(len(done.stderr) + 1) if is_whole(done.stderr[:n], thread)]
-        assert wholes == list(range(ends + 1, len(done.stderr) + 1))
+        lines = re.match(r".*\n(?:  .*\n)+", done.stderr[begins:])
+        assert lines is not None
+        ends = begins + lines.end()
+        before = done.stderr.rindex("\n", begins, ends - 1) + 1
+        assert not any(is_whole(done.stderr[:n], thread) for n in range(before, ends))
+        assert is_whole(done.stderr[:ends], thread)
+        assert is_whole(done.stderr, thread)
 
 
 def test_a_rank_that_writes_slowly_is_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
