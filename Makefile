@@ -38,7 +38,8 @@ demo: install
 	@$(BIN)/launch recipes/smollm2_identity.yaml
 
 # Files of tests run in two processes, since most of a test's time is one process that starts. JOBS=1: one after the other.
-IN_PARALLEL = -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
+# Those of many tests come first, so that trainings of minutes, each of which takes all cores, seldom run beside one another.
+IN_PARALLEL = -n $(or $(JOBS),2) --dist loadfile
 
 test: install
 	@$(BIN)/python -m pytest -q $(IN_PARALLEL) --durations=15
@@ -51,7 +52,7 @@ unless_hosts = $(CAN_MAKE_HOSTS) || { echo "NOT RUN: $(1); $(HOSTS_NEED)"; what=
 
 test-cluster: install
 	@$(CAN_MAKE_HOSTS) || { echo "$(HOSTS_NEED)"; exit 2; }
-	$(BIN)/python -m pytest -q $(IN_PARALLEL) --durations=15 tests/hosts
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) --no-loadscope-reorder --durations=15 tests/hosts
 
 # CHAOS=N: N kills at random after those at every boundary; ROUNDS=N: each accident on several machines N times.
 # `.ci/run` takes CHAOS=0, none at random and one accident (about 5 minutes).
