@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.commands import LAUNCH, LAUNCH_TRAINING, Launch
+from support.commands import LAUNCH, Launch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,19 +51,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def launch(environment: dict[str, str]) -> Launch:
     """`launch("plan", "x.yaml", cwd=...)` -> the finished process, output as text."""
-    return _runner(environment, (LAUNCH,))
 
-
-@pytest.fixture(scope="session")
-def launch_training(environment: dict[str, str]) -> Launch:
-    """The same; runs end with their training."""
-    return _runner(environment, LAUNCH_TRAINING)
-
-
-def _runner(environment: dict[str, str], command: tuple[str, ...]) -> Launch:
     def run(*args: str, cwd: Path, timeout_s: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, *args],
+            [LAUNCH, *args],
             cwd=cwd,
             env={**environment, **extra},
             capture_output=True,

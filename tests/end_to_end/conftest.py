@@ -31,12 +31,12 @@ def straight(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def started(environment: dict[str, str], work: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `launch`, or another `command`, and return at once; what still runs at the end of the test is killed by its pid."""
+    """Start the command and return at once; whatever still runs at the end of the test is killed by its pid."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(*args: str, command: tuple[str, ...] = (LAUNCH,)) -> subprocess.Popen[str]:
+    def start(*args: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*command, *args], cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [LAUNCH, *args], cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         processes.append(process)
         return process

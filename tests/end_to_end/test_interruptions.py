@@ -12,18 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.commands import (
-    FP32,
-    LAUNCH,
-    LAUNCH_TRAINING,
-    ROOT,
-    Launch,
-    losses,
-    only_run,
-    train_only,
-    wait_until,
-    worker_pids,
-)
+from support.commands import FP32, LAUNCH, ROOT, Launch, losses, only_run, train_only, wait_until, worker_pids
 
 Started = Callable[..., "subprocess.Popen[str]"]
 
@@ -68,7 +57,7 @@ def run_when_at_step(folder: Path, step: int) -> Path:
 
 @pytest.mark.parametrize(("processes", "step"), [("1", 3), ("1", 16), ("2", 23)])
 def test_killed_workers_resume_with_the_losses_of_a_straight_run(
-    launch_training: Launch,
+    launch: Launch,
     started: Started,
     work: Path,
     long_recipe: str,
@@ -76,7 +65,7 @@ def test_killed_workers_resume_with_the_losses_of_a_straight_run(
     processes: str,
     step: int,
 ) -> None:
-    command = started(long_recipe, "--cpu", processes, *FP32, "--set", "retry.crashes=0", command=LAUNCH_TRAINING)
+    command = started(long_recipe, "--cpu", processes, *FP32, "--set", "retry.crashes=0")
     run = run_when_at_step(work, step)
     os.kill(worker_pids(run)[-1], signal.SIGKILL)
     output, _ = command.communicate(timeout=60)
@@ -84,7 +73,7 @@ def test_killed_workers_resume_with_the_losses_of_a_straight_run(
     assert "SIGKILL" in output
     assert "not tried again: retry.crashes is 0" in output
     wait_until(lambda: not worker_pids(run), 10, "no worker left")
-    resumed = launch_training("runs", "resume", str(run), cwd=work)
+    resumed = launch("runs", "resume", str(run), cwd=work)
     if step < 7:
         assert resumed.returncode == 2
         assert "no checkpoint" in resumed.stderr
@@ -100,15 +89,15 @@ def test_killed_workers_resume_with_the_losses_of_a_straight_run(
 
 
 def test_killed_launcher_leaves_no_worker_and_fewer_processes_go_on(
-    started: Started, launch_training: Launch, work: Path, long_recipe: str, straight_losses: dict[int, float]
+    started: Started, launch: Launch, work: Path, long_recipe: str, straight_losses: dict[int, float]
 ) -> None:
-    command = started(long_recipe, "--cpu", "2", *FP32, command=LAUNCH_TRAINING)
+    command = started(long_recipe, "--cpu", "2", *FP32)
     run = run_when_at_step(work, 12)
     assert worker_pids(run)
     command.kill()
     command.wait()
     wait_until(lambda: not worker_pids(run), 10, "no worker left")
-    shown = launch_training("runs", "show", str(run), cwd=work)
+    shown = launch("runs", "show", str(run), cwd=work)
     assert "crashed" in shown.stdout
     recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
     for flags, told in (
@@ -116,11 +105,11 @@ def test_killed_launcher_leaves_no_worker_and_fewer_processes_go_on(
         (["--set", "method.rank=3"], "the saved adapters have another shape"),
         (["--set", "train.global_batch=6"], "Keep it: --set train.global_batch=4"),
     ):
-        refused = launch_training("runs", "resume", str(run), *flags, cwd=work)
+        refused = launch("runs", "resume", str(run), *flags, cwd=work)
         assert refused.returncode == 2, refused.stdout
         assert told in refused.stderr
     assert (run / "recipe.yaml").read_text(encoding="utf-8") == recipe
-    resumed = launch_training("runs", "resume", str(run), "--cpu", "1", "--set", "parallel.zero=0", cwd=work)
+    resumed = launch("runs", "resume", str(run), "--cpu", "1", "--set", "parallel.zero=0", cwd=work)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "parallel.zero: auto -> 0" in resumed.stdout
     assert (run / "recipe.before_attempt_2.yaml").read_text(encoding="utf-8") == recipe
@@ -207,10 +196,8 @@ def test_detached_run_is_listed_watched_and_stopped(launch: Launch, work: Path, 
     assert "step 60/60" in logs.stdout
 
 
-def test_damaged_checkpoint_is_skipped_by_name(
-    launch_training: Launch, work: Path, long_recipe: str, started: Started
-) -> None:
-    command = started(long_recipe, "--cpu", "1", *FP32, command=LAUNCH_TRAINING)
+def test_damaged_checkpoint_is_skipped_by_name(launch: Launch, work: Path, long_recipe: str, started: Started) -> None:
+    command = started(long_recipe, "--cpu", "1", *FP32)
     run = run_when_at_step(work, 15)
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=60)
@@ -219,7 +206,7 @@ def test_damaged_checkpoint_is_skipped_by_name(
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    resumed = launch_training("runs", "resume", str(run), cwd=work)
+    resumed = launch("runs", "resume", str(run), cwd=work)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     log = (run / "logs/attempt_2/train/rank_0.log").read_text()
     assert f"skipped checkpoint {newest.name}" in log

@@ -26,8 +26,7 @@ def test_demo_teaches_the_name_and_keeps_what_was_known(launch: Launch, tmp_path
     assert sum(base[:10]) == 0
     assert sum(tuned[:10]) >= 9
     assert sum(tuned[10:]) >= 2
-    of_steps = losses(run)
-    assert of_steps[max(of_steps)] < 0.5
+    assert losses(run)[80] < 0.5
     assert "expectations met: base 3 of 13" in done.stdout
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     assert "Wren" in page
@@ -39,7 +38,6 @@ def test_demo_teaches_the_name_and_keeps_what_was_known(launch: Launch, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (load_file(folder / "model.safetensors") for folder in (run / "merged", merged_again))
     assert one.keys() == two.keys()
-    # Three quarters and one of the same update, each rounded in fp32: a bf16 weight may end as its neighbour, and one that
-    # the update nearly cancels as any that is as close as fp32 tells.
-    for name in one:
-        assert torch.allclose(one[name].float(), two[name].float(), rtol=2**-7, atol=1e-7), name
+    # Three quarters and one of the same update, each rounded in fp32: a bf16 weight may end as its neighbour.
+    apart = [(one[name].view(torch.int16).int() - two[name].view(torch.int16).int()).abs().max() for name in one]
+    assert max(apart) <= 1
