@@ -6,6 +6,7 @@ input (`questions_to_json`), and puts them to this host and to every node on whi
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -27,6 +28,7 @@ from .ray_placement import PerNode, RayNode, candidates
 THIS_HOST = "this host"
 """The launcher's own machine among the hosts that are compared; nodes go by their addresses."""
 _CONNECT_S = 2.0
+_AT_ONCE = 32
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "report": node_report.collect,
     "write_tokens": node_report.write_tokens,
@@ -109,39 +111,42 @@ def answers(address: str) -> bool:
 
 
 def alive_nodes() -> tuple[RayNode, ...]:
-    """The living nodes of the cluster that this process is connected to."""
-    import ray
+    """The nodes of the cluster that this process is connected to which answer: Ray counts a lost one for another half a minute."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
     nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has, left = node["Resources"], free.get(node["NodeID"], {})
-            nodes.append(
-                RayNode(
-                    node["NodeID"],
-                    node["NodeManagerAddress"],
-                    has.get("CPU", 0.0),
-                    has.get("GPU", 0.0),
-                    left.get("CPU", 0.0),
-                    left.get("GPU", 0.0),
-                )
+    for node_id, node in _answering().items():
+        has, left = node["Resources"], free.get(node_id, {})
+        nodes.append(
+            RayNode(
+                node_id,
+                node["NodeManagerAddress"],
+                has.get("CPU", 0.0),
+                has.get("GPU", 0.0),
+                left.get("CPU", 0.0),
+                left.get("GPU", 0.0),
             )
+        )
     return tuple(nodes)
 
 
 def lost_nodes(nodes: Sequence[RayNode]) -> tuple[str, ...]:
-    """Addresses of those of `nodes` that Ray has given up, or where Ray does not answer: it takes half a minute to give one up."""
+    """Addresses of those of `nodes` that Ray has given up, or where Ray does not answer."""
+    found = _answering()
+    return tuple(node.address for node in nodes if node.node_id not in found)
+
+
+def _answering() -> dict[str, dict[str, Any]]:
+    """What Ray says of each node that it counts and where it can be reached, by the node's id."""
     import ray
 
-    now = {node["NodeID"]: node for node in ray.nodes()}
-    lost = []
-    for node in nodes:
-        entry = now.get(node.node_id)
-        if not (entry and entry["Alive"] and answers(f"{node.address}:{entry['NodeManagerPort']}")):
-            lost.append(node.address)
-    return tuple(lost)
+    counted = [node for node in ray.nodes() if node["Alive"]]
+    if not counted:
+        return {}
+    places = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in counted]
+    with concurrent.futures.ThreadPoolExecutor(min(len(counted), _AT_ONCE)) as pool:
+        return {node["NodeID"]: node for node, found in zip(counted, pool.map(answers, places), strict=True) if found}
 
 
 def _join(address: str) -> None:

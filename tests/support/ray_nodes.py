@@ -73,14 +73,18 @@ class RayNodes:
 
     def wait(self, count: int) -> None:
         """Until Ray has exactly so many living nodes."""
-        argv = [*self.prefix, sys.executable, "-P", "-m", "cluster.ray_nodes", self.address]
         deadline = time.monotonic() + 120
         said = ""
         while said.count('"node_id"') != count:
             text = (self.folder / "ray.log").read_text(errors="replace")[-3000:]
             assert time.monotonic() < deadline, f"Ray has not {count} node(s): {said}\n{text}"
             time.sleep(1.0)
-            said = subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=120, check=False).stdout
+            said = self.survey()
+
+    def survey(self) -> str:
+        """What `cluster.ray_nodes` prints of the nodes, as JSON."""
+        argv = [*self.prefix, sys.executable, "-P", "-m", "cluster.ray_nodes", self.address]
+        return subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=120, check=False).stdout
 
     def members(self, index: int) -> list[ProcessIdentity]:
         """All processes of a node, workers and what they started too."""
