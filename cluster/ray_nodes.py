@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Survey:
     """The one on this host first."""
     here: HostReport | None
     """This host, as the launcher sees it: the run folder and the data are read here too. None where nobody was asked."""
+    unreachable: tuple[str, ...] = ()
+    """Addresses of nodes that Ray takes for alive and that do not answer; they are not among `nodes`."""
 
     @property
     def reports(self) -> tuple[HostReport, ...]:
@@ -112,15 +114,35 @@ def answers(address: str) -> bool:
 
 def alive_nodes() -> tuple[RayNode, ...]:
     """The nodes of the cluster that this process is connected to which answer: Ray counts a lost one for another half a minute."""
+    return _as_ray_nodes(node for node, is_reached in _counted() if is_reached)
+
+
+def lost_nodes(nodes: Sequence[RayNode]) -> tuple[str, ...]:
+    """Addresses of those of `nodes` that Ray has given up, or where Ray does not answer."""
+    found = {node["NodeID"] for node, is_reached in _counted() if is_reached}
+    return tuple(node.address for node in nodes if node.node_id not in found)
+
+
+def _counted() -> list[tuple[dict[str, Any], bool]]:
+    """What Ray says of each node that it takes for alive, and whether Ray there can be reached."""
+    import ray
+
+    counted = [node for node in ray.nodes() if node["Alive"]]
+    places = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in counted]
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(zip(counted, pool.map(answers, places), strict=True))
+
+
+def _as_ray_nodes(told: Iterable[dict[str, Any]]) -> tuple[RayNode, ...]:
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
     nodes = []
-    for node_id, node in _answering().items():
-        has, left = node["Resources"], free.get(node_id, {})
+    for node in told:
+        has, left = node["Resources"], free.get(node["NodeID"], {})
         nodes.append(
             RayNode(
-                node_id,
+                node["NodeID"],
                 node["NodeManagerAddress"],
                 has.get("CPU", 0.0),
                 has.get("GPU", 0.0),
@@ -129,24 +151,6 @@ def alive_nodes() -> tuple[RayNode, ...]:
             )
         )
     return tuple(nodes)
-
-
-def lost_nodes(nodes: Sequence[RayNode]) -> tuple[str, ...]:
-    """Addresses of those of `nodes` that Ray has given up, or where Ray does not answer."""
-    found = _answering()
-    return tuple(node.address for node in nodes if node.node_id not in found)
-
-
-def _answering() -> dict[str, dict[str, Any]]:
-    """What Ray says of each node that it counts and where it can be reached, by the node's id."""
-    import ray
-
-    counted = [node for node in ray.nodes() if node["Alive"]]
-    if not counted:
-        return {}
-    places = [f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in counted]
-    with concurrent.futures.ThreadPoolExecutor(min(len(counted), _AT_ONCE)) as pool:
-        return {node["NodeID"]: node for node, found in zip(counted, pool.map(answers, places), strict=True) if found}
 
 
 def _join(address: str) -> None:
@@ -175,10 +179,13 @@ def survey(address: str, wanted: PerNode | None, questions: Questions, wait_s: f
 
     _join(address)
     own = ray.get_runtime_context().get_node_id()
-    nodes = sorted(alive_nodes(), key=lambda node: (node.node_id != own, node.address))
+    counted = _counted()
+    unreachable = tuple(sorted(node["NodeManagerAddress"] for node, is_reached in counted if not is_reached))
+    reached = _as_ray_nodes(node for node, is_reached in counted if is_reached)
+    nodes = sorted(reached, key=lambda node: (node.node_id != own, node.address))
     asked = candidates(nodes, wanted) if wanted else ()
     if not asked:
-        return Survey(tuple(ClusterNode(node, None) for node in nodes), None)
+        return Survey(tuple(ClusterNode(node, None) for node in nodes), None, unreachable)
     ask = _AskNodes(asked, wait_s)
     *reports, here = put_questions([*(node.address for node in asked), THIS_HOST], ask, questions)
     told = {
@@ -186,7 +193,7 @@ def survey(address: str, wanted: PerNode | None, questions: Questions, wait_s: f
         for node, report, (_, ahead_s) in zip(asked, reports, ask.clocks, strict=True)
     }
     found = tuple(ClusterNode(node, told.get(node.node_id)) for node in nodes)
-    return Survey(found, dataclasses.replace(here, computes=False))
+    return Survey(found, dataclasses.replace(here, computes=False), unreachable)
 
 
 class _AskNodes:
@@ -279,9 +286,8 @@ def survey_from_json(text: str) -> Survey:
     told = json.loads(text)
     if "error" in told:
         raise ClusterError(**told["error"])
-    return Survey(
-        tuple(ClusterNode(RayNode(**n["ray"]), _report(n["report"])) for n in told["nodes"]), _report(told["here"])
-    )
+    nodes = tuple(ClusterNode(RayNode(**n["ray"]), _report(n["report"])) for n in told["nodes"])
+    return Survey(nodes, _report(told["here"]), tuple(told["unreachable"]))
 
 
 def _report(told: dict[str, Any] | None) -> HostReport | None:

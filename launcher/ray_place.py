@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cluster.inventory import Device, Inventory, Selection
@@ -119,10 +119,7 @@ def on_cluster(flags: Flags, wait_s: float, address: str, survey: Survey) -> Whe
     wants = tuple(NodeShare("", share.processes, ()) for _ in range(flags.nodes))
     job = JobSpec("train", "", (), count, (), {}, "", "", "", wants, ray=ray)
     if decides is None or choose_nodes(rays, job, free=False) is None:
-        raise LaunchError(
-            f"the Ray cluster at {address} can never carry this: wanted {wanted(job)}, its nodes are\n{table(rays)}",
-            "Ask for less: --gpus free:N and --cpu N count per node, --nodes M says on how many.",
-        )
+        raise _too_small(address, wanted(job), table(rays), survey.unreachable)
     told = {n.ray.node_id: n.report for n in survey.nodes if n.report}
     selection = _selection(told[decides.node_id].inventory, share, cpus)
     nodes = tuple(Node("", selection) for _ in range(flags.nodes))
@@ -146,6 +143,17 @@ def on_cluster(flags: Flags, wait_s: float, address: str, survey: Survey) -> Whe
         FreeMemory(n.address, told[n.node_id].report["memory_free_gb"], share.processes) for n in carriers(rays, share)
     )
     return Where("ray", combined(nodes), nodes, memory_gb, ray, reasons, survey.reports, free)
+
+
+def _too_small(address: str, what: str, has: str, unreachable: Sequence[str]) -> LaunchError:
+    """What the cluster lacks; with nodes that may come back it is worth another try."""
+    less = "ask for less: --gpus free:N and --cpu N count per node, --nodes M says on how many."
+    can, hint, code = "can never carry this", less[0].upper() + less[1:], 2
+    if unreachable:
+        has += "".join(f"\n  {node}: listed by Ray, but nothing answers there" for node in unreachable)
+        hint = f"Bring {', '.join(unreachable)} back (ray start there) and start again, or {less}"
+        can, code = "cannot carry this now", 75
+    return LaunchError(f"the Ray cluster at {address} {can}: wanted {what}, its nodes are\n{has}", hint, code)
 
 
 _PLACEMENT = {

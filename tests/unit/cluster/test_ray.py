@@ -183,7 +183,7 @@ def test_what_the_nodes_say_is_read_back_and_errors_are_raised() -> None:
     inventory = {"kind": "cpu", "devices": [], "cpu_count": 2, "memory_gb": 4.0, "problem": ""}
     report = HostReport("a", {"inventory": inventory}, 0.25, {}, {"/runs": ["b"]})
     here = dataclasses.replace(report, host="this host", computes=False)
-    survey = Survey((ClusterNode(ray, report), ClusterNode(ray, None)), here)
+    survey = Survey((ClusterNode(ray, report), ClusterNode(ray, None)), here, ("b",))
     assert survey_from_json(json.dumps(dataclasses.asdict(survey))) == survey
     assert [r.host for r in survey.reports] == ["a", "this host"]
     assert survey.reports[0].inventory.memory_gb == 4.0

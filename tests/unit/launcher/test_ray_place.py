@@ -98,6 +98,16 @@ def test_what_can_never_fit_is_refused_at_once(wanted: Flags) -> None:
     assert "10.0.0.2: 2 GPU + 16 CPU" in str(e.value)
 
 
+def test_a_node_that_ray_lists_and_nothing_answers_on_may_come_back() -> None:
+    survey = dataclasses.replace(cluster((32, 4)), unreachable=("10.0.0.7",))
+    with pytest.raises(LaunchError, match="cannot carry this now: wanted 62 CPU") as e:
+        on_cluster(flags(cpu=1, nodes=2), 120, ADDRESS, survey)
+    assert e.value.exit_code == 75
+    assert "10.0.0.1: 4 GPU + 32 CPU" in str(e.value)
+    assert "10.0.0.7: listed by Ray, but nothing answers there" in str(e.value)
+    assert "Bring 10.0.0.7 back" in str(e.value)
+
+
 def test_a_ray_of_our_own_sees_exactly_the_chosen_devices() -> None:
     gpus = tuple(Device(i, "A100", f"GPU-{i}", 80.0, 79.0, False, False, "") for i in ("0", "2"))
     where = own_ray(Where("ray", Selection("cuda", gpus, 2, 8), (), 100.0))
