@@ -1,6 +1,6 @@
-"""The driver of a job under Ray: `-m cluster.ray_driver JOB_FILE`. It starts or joins Ray, runs the job as a TorchTrainer, and says how it ended.
+"""The driver of a job under Ray: `-m cluster.ray_driver JOB_FILE`. It starts or joins Ray, runs the job, and says how it ended.
 
-Exit codes are those of every backend. Metrics and checkpoints are reported as they lie on disk, so the folder of the
+A job that reports to Ray is a TorchTrainer, any other a plain actor per rank. Exit codes are those of every backend. Metrics and checkpoints are reported as they lie on disk, so the folder of the
 job's report is Ray's experiment folder.
 """
 
@@ -21,11 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from . import logs, processes, ray_guard, ray_local, ray_placement, ray_worker
+from . import logs, processes, ray_actors, ray_guard, ray_local, ray_placement, ray_worker
 from .environment import travelling
 from .explain import explain
 from .failure import EXIT_BUG, EXIT_RETRY, EXIT_STOPPED, EXIT_USER
-from .job import ClusterError, JobSpec
+from .job import ClusterError, JobReport, JobSpec
 from .outcome import job_status, lost_rank
 from .ray_nodes import alive_nodes, lost_nodes
 from .ray_placement import RayNode
@@ -80,10 +80,10 @@ def _run(job: JobSpec, stop: threading.Event) -> int:
             nodes = wait_for_room(job)
             begin_by_s = time.monotonic() + job.meeting.wait_s + BEGIN_S
             threading.Thread(target=show_waiting, args=(job, lambda: _has_started(job)), daemon=True).start()
-            if job.num_processes == 1 and job.report is None:
-                _run_alone(job)
+            if job.report is None:
+                ray_actors.run_actors(job, nodes, _config(job))
             else:
-                _fit(job, nodes)
+                _fit(job, job.report, nodes)
         except (
             Exception
         ) as e:  # the border of the job: Ray ends in many ways; `_ended` says which, and what workers left
@@ -221,49 +221,22 @@ def _disconnect() -> None:
     thread.join(_DISCONNECT_S)
 
 
-def _run_alone(job: JobSpec) -> None:
-    """One process that reports nothing, on any node: a plain task, since Ray Train would take half a minute to start.
-
-    Raises ClusterError where there is no room in time, and what the task raises.
-    """
-    import ray
-    from ray.exceptions import RayTaskError
-    from ray.util import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    assert job.ray is not None
-    cpus, gpus = job.ray.cpus_per_process, job.ray.gpus_per_process
-    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
-    try:
-        if not group.wait(job.meeting.wait_s):
-            raise no_room(job)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(ray_worker.run_alone)
-        ray.get(task.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote(_config(job)))
-    except RayTaskError as e:
-        raise e.cause from None
-    finally:
-        remove_placement_group(group)
-
-
 def _config(job: JobSpec) -> dict[str, Any]:
     """What a worker has to know."""
     tag = os.environ.get(processes.TAG_VARIABLE, "")
     return {"job": dataclasses.asdict(job), "travelling": travelling(os.environ), "tag": tag}
 
 
-def _fit(job: JobSpec, nodes: tuple[RayNode, ...]) -> None:
+def _fit(job: JobSpec, report: JobReport, nodes: tuple[RayNode, ...]) -> None:
     """Train until all workers have ended. Raises what Ray raises."""
     import ray
     from pyarrow.fs import LocalFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    folder = Path(job.report.folder if job.report else job.log_dir)
+    folder = Path(report.folder)
     # Read by the controller, to which Ray Train passes it on.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.meeting.wait_s)
-    if job.report is None:
-        # Over in seconds: to be told that a node is going to be taken away is not worth one more process to start.
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     forget_missing(folder, ray.__version__)
     trainer = TorchTrainer(
         ray_worker.train,
@@ -329,7 +302,7 @@ def _tell_what_ray_knows(job: JobSpec, error: Exception, exits: Mapping[int, int
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         raise no_room(job)
-    if isinstance(error, WorkerGroupError):
+    if isinstance(error, (WorkerGroupError, ray_actors.RanksFailed)):
         failures = error.worker_failures
         for failure in (e for rank, e in failures.items() if exits.get(rank, 0) == 0):
             base = getattr(failure, "_base_exc", failure)

@@ -1,6 +1,6 @@
-"""What runs in each worker of Ray Train: it starts the very process that torchrun would, watches it, and tells Ray how far it is.
+"""What runs in each worker of Ray: it starts the very process that torchrun would, watches it, and tells Ray how far it is.
 
-The process is a child of the thread in which Ray runs `train`, and dies with it: with the actor, the node, or the job.
+The process is a child of the thread in which Ray runs `train` or `RankActor.run`, and dies with it: with the actor, the node, or the job.
 """
 
 from __future__ import annotations
@@ -67,26 +67,40 @@ def train(config: dict[str, Any]) -> None:
     _follow(job, rank, context.get_world_size(), watcher)
 
 
-def run_alone(config: dict[str, Any]) -> None:
-    """The same for a job of one process, as a task. Raises WorkerEnded or ClusterError when it fails."""
-    job = JobSpec.from_dict(config["job"])
-    env = worker_env(job, {**os.environ, **_granted(job)}, config["travelling"], {})
-    watcher = Watcher(job, 0, _start(job, 0, {**env, processes.TAG_VARIABLE: config["tag"]}))
-    watcher.run()
-    if watcher.code not in (0, EXIT_STOPPED):
-        raise WorkerEnded(f"rank 0 ended with exit code {watcher.code}")
+class RankActor:
+    """One rank of a job that reports nothing (see `ray_actors`)."""
 
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.job, self.config = JobSpec.from_dict(config["job"]), config
 
-def _granted(job: JobSpec) -> dict[str, str]:
-    """The devices of this task, also on nodes where Ray was told to leave CUDA_VISIBLE_DEVICES alone. Raises ClusterError without any."""
-    import ray
+    def place(self) -> dict[str, Any]:
+        """Where it is, as the fields of `ray_actors.Place`. Raises ClusterError when Ray gave it no GPU."""
+        import ray
+        from ray.util import get_node_ip_address
 
-    if job.ray is None or not job.ray.gpus_per_process:
-        return {}
-    ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    if not ids:
-        raise ClusterError(f"Ray names no GPU for this task on {socket.gethostname()}", "Check ray status.", EXIT_RETRY)
-    return {"CUDA_VISIBLE_DEVICES": ",".join(ids)}
+        context = ray.get_runtime_context()
+        devices = context.get_accelerator_ids().get("GPU", [])
+        if self.job.ray is not None and self.job.ray.gpus_per_process and not devices:
+            raise ClusterError(
+                f"Ray names no GPU for this process on {socket.gethostname()}", "Check ray status.", EXIT_RETRY
+            )
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
+            s.bind(("", 0))
+            port = s.getsockname()[1]
+        address = get_node_ip_address()
+        return {"node_id": context.get_node_id(), "address": address, "port": port, "devices": tuple(devices)}
+
+    def run(self, ranks: dict[str, str], devices: tuple[str, ...]) -> None:
+        """Its worker process from start to end. Raises WorkerEnded or ClusterError when it fails."""
+        # On nodes where Ray was told to leave CUDA_VISIBLE_DEVICES alone too.
+        inherited = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        env = worker_env(self.job, inherited, self.config["travelling"], ranks)
+        rank = int(ranks["RANK"])
+        watcher = Watcher(self.job, rank, _start(self.job, rank, {**env, processes.TAG_VARIABLE: self.config["tag"]}))
+        watcher.run()
+        if watcher.code not in (0, EXIT_STOPPED):
+            time.sleep(SETTLE_S if self.job.num_processes > 1 else 0)
+            raise WorkerEnded(f"rank {rank} ended with exit code {watcher.code}")
 
 
 def worker_env(

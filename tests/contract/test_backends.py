@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job import ClusterError, JobSpec, JobState, Meeting, NodeShare, RayRequest
+from cluster.job import ClusterError, JobReport, JobSpec, JobState, Meeting, NodeShare, RayRequest
 from cluster.processes import ProcessIdentity, descendants, is_alive
 from cluster.registry import load
 
@@ -305,6 +305,19 @@ class TestRay:
     """A Ray of its own for the job: it takes some 20 s to start, so each test looks at several things."""
 
     OWN = RayRequest("", 1, 0)
+
+    @pytest.fixture(params=["Ray Train", "actors"])
+    def job(self, job, request, tmp_path):
+        """Two ranks: as Ray Train workers, which report what they wrote, or as plain actors."""
+        report = JobReport(
+            str(tmp_path), str(tmp_path / "metrics.jsonl"), str(tmp_path / "checkpoints"), "manifest.json"
+        )
+
+        def make(mode, **changed):
+            made = job(mode, **changed)
+            return replace(made, report=report) if request.param == "Ray Train" and made.num_processes > 1 else made
+
+        return make
 
     @staticmethod
     def folders():

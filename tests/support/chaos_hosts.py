@@ -155,7 +155,7 @@ def _submissions(rounds: Sequence[dict[str, float]]) -> list[str]:
         "## From `launch submit` to the first step",
         "",
         f"A third host submits a run of two nodes: {_range(total)} s. `submit`: until the command returns. `Ray`: until the job's process",
-        "begins. `plan`: until the first stage does. The stages `connect` and `train` are Ray Train runs of their own. Of several rounds the mean.",
+        "begins. `plan`: until the first stage does. The stage `train` is a Ray Train run. Of several rounds the mean.",
         "",
         "| " + " | ".join(names) + " |",
         "|---" * len(names) + "|",

@@ -17,6 +17,7 @@ from cluster import logs, ray_local
 from cluster.job import ClusterError, JobReport, JobSpec, Meeting, NodeShare, RayRequest
 from cluster.outcome import job_status, lost_rank
 from cluster.preflight import HostReport
+from cluster.ray_actors import Place, seated
 from cluster.ray_driver import runtime_env
 from cluster.ray_nodes import ClusterNode, Survey, clock_offset, find_cluster, survey_from_json
 from cluster.ray_placement import RayNode
@@ -60,6 +61,26 @@ def test_a_link_between_workers_may_be_silent_for_as_long_as_a_host() -> None:
     assert env == {"RAY_grpc_keepalive_timeout_ms": "45000"}
     # It is Ray's, and not for what the worker starts.
     assert not env.keys() & worker_env(JOB, {**env, "CUDA_VISIBLE_DEVICES": "0"}, {}, RANKS).keys()
+
+
+def test_ranks_of_actors_go_node_by_node() -> None:
+    places = [
+        Place("b", "10.0.0.2", 11, ("1",)),
+        Place("a", "10.0.0.1", 12, ("0",)),
+        Place("b", "10.0.0.2", 13, ("0",)),
+    ]
+    seats = seated(places)
+    assert [seat.actor for seat in seats] == [0, 2, 1]
+    assert [(s.ranks["RANK"], s.ranks["LOCAL_RANK"], s.ranks["LOCAL_WORLD_SIZE"]) for s in seats] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+        ("2", "0", "1"),
+    ]
+    # LOCAL_RANK counts among the devices of all ranks of the node: each finds the one that Ray gave it.
+    assert [seat.devices for seat in seats] == [("1", "0"), ("1", "0"), ("0",)]
+    meeting = {(s.ranks["WORLD_SIZE"], s.ranks["MASTER_ADDR"], s.ranks["MASTER_PORT"]) for s in seats}
+    assert meeting == {("3", "10.0.0.2", "11")}
+    assert seated(places[:1])[0].ranks["MASTER_ADDR"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
