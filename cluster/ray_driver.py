@@ -1,6 +1,6 @@
 """The driver of a job under Ray: `-m cluster.ray_driver JOB_FILE`. It starts or joins Ray, runs the job, and says how it ended.
 
-A job that reports to Ray is a TorchTrainer, any other a plain actor per rank. Exit codes are those of every backend. Metrics and checkpoints are reported as they lie on disk, so the folder of the
+A job that reports to Ray is a run of Ray Train, any other a plain actor per rank. Exit codes are those of every backend. Metrics and checkpoints are reported as they lie on disk, so the folder of the
 job's report is Ray's experiment folder.
 """
 
@@ -32,8 +32,6 @@ from .ray_placement import RayNode
 from .ray_report import forget_missing
 from .ray_room import BEGIN_S, NodesMissing, no_room, require_begun, show_waiting, wait_for_room
 
-GROUP_TIMEOUT_S = 600
-"""Limit of each step that the watchers of all ranks take together; they take one a second."""
 SHARED_DISK_S = 90.0
 """Until a file of another node shows: NFS keeps for up to a minute that there is none."""
 _POLL_S = 0.1
@@ -43,7 +41,7 @@ _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(GROUP_TIMEOUT_S),
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(ray_worker.GROUP_TIMEOUT_S),
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
@@ -232,16 +230,17 @@ def _fit(job: JobSpec, report: JobReport, nodes: tuple[RayNode, ...]) -> None:
     import ray
     from pyarrow.fs import LocalFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     folder = Path(report.folder)
     # Read by the controller, to which Ray Train passes it on.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.meeting.wait_s)
     forget_missing(folder, ray.__version__)
-    trainer = TorchTrainer(
+    # Not a TorchTrainer: that has driver, controller and workers import torch, one after the other, before a worker starts.
+    trainer = DataParallelTrainer(
         ray_worker.train,
         train_loop_config=_config(job),
-        torch_config=TorchConfig(backend="gloo", timeout_s=GROUP_TIMEOUT_S),
+        backend_config=_shared_devices(),
         scaling_config=_scaling(job, ray_placement.place(nodes, job)),
         run_config=RunConfig(
             name=folder.name,
@@ -258,6 +257,21 @@ def _fit(job: JobSpec, report: JobReport, nodes: tuple[RayNode, ...]) -> None:
     finally:
         with contextlib.suppress(OSError):  # a full disk: how it ended counts more
             forget_missing(folder, ray.__version__)
+
+
+def _shared_devices() -> Any:
+    """A BackendConfig: the devices of all workers of a node are visible to each, as TorchConfig has it, without a process group of Ray's."""
+    from ray.train.backend import Backend, BackendConfig
+
+    class SharingBackend(Backend):
+        share_cuda_visible_devices = True
+
+    class SharedDevices(BackendConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return SharingBackend
+
+    return SharedDevices()
 
 
 def _scaling(job: JobSpec, placement: ray_placement.Placement) -> Any:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ WATCH_S = 0.1
 STOP_LOOK_S = 0.5
 """How often each rank asks the shared disk for the stop file."""
 REPORT_S = 1.0
+GROUP_TIMEOUT_S = 600
+"""Limit of each step that the watchers of all ranks take together; they take one a second."""
 SETTLE_S = 1.0
 """A failed rank waits this long before Ray hears of it: Ray then ends all others, and they may hold the first cause."""
 _SIOCGIFADDR = 0x8915
@@ -52,18 +55,19 @@ def train(config: dict[str, Any]) -> None:
 
     job, context = JobSpec.from_dict(config["job"]), get_context()
     rank = context.get_world_rank()
-    meeting = _meeting_point(context.get_local_world_size() == context.get_world_size())
+    address, port, port_of_watchers = _meeting_point(context.get_local_world_size() == context.get_world_size())
     ranks = {
         "RANK": rank,
         "LOCAL_RANK": context.get_local_rank(),
         "WORLD_SIZE": context.get_world_size(),
         "LOCAL_WORLD_SIZE": context.get_local_world_size(),
-        "MASTER_ADDR": meeting[0],
-        "MASTER_PORT": meeting[1],
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
     }
     env = worker_env(job, os.environ, config["travelling"], {name: str(value) for name, value in ranks.items()})
     watcher = Watcher(job, rank, _start(job, rank, {**env, processes.TAG_VARIABLE: config["tag"]}))
     watcher.start()
+    _join_watchers(f"tcp://{address}:{port_of_watchers}", rank, context.get_world_size())
     _follow(job, rank, context.get_world_size(), watcher)
 
 
@@ -151,7 +155,7 @@ def _address(s: socket.socket, interface: str) -> str:
 
 
 def _meeting_point(is_one_node: bool) -> list[str]:
-    """[address, port] at which the ranks of our own process group meet: a free port of rank 0's node. Collective."""
+    """[address, port, port]: where the ranks meet, and those who watch them; free ports of rank 0's node. Collective."""
     from ray.train import get_context
     from ray.train.collective import broadcast_from_rank_zero
     from ray.util import get_node_ip_address
@@ -159,9 +163,10 @@ def _meeting_point(is_one_node: bool) -> list[str]:
     told: list[str] = []
     if get_context().get_world_rank() == 0:
         address = "127.0.0.1" if is_one_node else get_node_ip_address()
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
-            s.bind((address, 0))
-            told = [address, str(s.getsockname()[1])]
+        with socket.socket() as one, socket.socket() as other:
+            one.bind((address, 0))
+            other.bind((address, 0))
+            told = [address, *(str(s.getsockname()[1]) for s in (one, other))]
     return broadcast_from_rank_zero(told)
 
 
@@ -206,6 +211,14 @@ class Watcher(threading.Thread):
         identity = ProcessIdentity.of(self.process.pid)
         if identity is not None:
             processes.signal_group(identity, signum)
+
+
+def _join_watchers(address: str, rank: int, num_ranks: int) -> None:
+    """A gloo group of all watchers. Collective. While the worker process starts: Ray Train's own would come before it, and need torch too."""
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=GROUP_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks, timeout=limit)
 
 
 def _follow(job: JobSpec, rank: int, num_ranks: int, watcher: Watcher) -> None:
