@@ -13,6 +13,7 @@ help:
 	@echo "make demo          install, then fine-tune a real 135M model and show it before and after"
 	@echo "make test          install, then run every test"
 	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root, iproute2, sshd, openssl)"
+	@echo "make test-gpu      run what needs a CUDA device"
 	@echo "make chaos         kill a saving run 200 times, fill its disk, break hosts and networks under runs; writes docs/chaos*.md"
 	@echo "make matrix        every method, ZeRO stage and dtype on a real model, and the demo on every backend"
 	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
@@ -54,6 +55,10 @@ test-cluster: install
 	@$(CAN_MAKE_HOSTS) || { echo "$(HOSTS_NEED)"; exit 2; }
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) --no-loadscope-reorder --durations=15 tests/hosts
 
+test-gpu: install
+	@$(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())" || { echo "no CUDA device that torch can use"; exit 2; }
+	$(BIN)/python -m pytest -q --durations=15 tests/gpu
+
 # CHAOS=N: N kills at random after those at every boundary; ROUNDS=N: each accident on several machines N times.
 # `.ci/run` takes CHAOS=0, none at random and one accident (about 5 minutes).
 chaos: install
@@ -85,4 +90,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test test-cluster chaos matrix bench bench-artefacts check clean
+.PHONY: help install demo test test-cluster test-gpu chaos matrix bench bench-artefacts check clean

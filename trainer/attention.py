@@ -8,6 +8,7 @@ Shapes: B batch (1 in training), H heads, K key-value heads, T row length, D hea
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -110,9 +111,13 @@ def _varlen(
     ends = torch.tensor((0, *lengths), device=q.device).cumsum(0, dtype=torch.int32)
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     longest = max(lengths)
-    out = varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    shared: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            shared = {"enable_gqa": True}
+        else:  # torch 2.11
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, **shared)
     assert isinstance(out, torch.Tensor)
     return out[None]
 

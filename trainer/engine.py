@@ -80,10 +80,17 @@ def start_deepspeed(timeout: timedelta) -> None:
     if accelerator.device_name() == "cpu":
         # It asks for 16-bit instructions, without which `wide_products` multiplies.
         accelerator.is_fp16_supported = lambda: True
+    elif accelerator.device_name() == "cuda":
+        ask_torch_for_free_memory(accelerator)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     if groups._WORLD_GROUP is None:
         # The group on which ZeRO reduces and gathers: DeepSpeed would make it with torch's default limit.
         groups._WORLD_GROUP = dist.new_group(range(dist.get_world_size()), timeout=timeout)
+
+
+def ask_torch_for_free_memory(accelerator: Any) -> None:
+    """DeepSpeed asks NVML by position, and takes what CUDA_VISIBLE_DEVICES says for numbers: it ends at a UUID (0.19.8)."""
+    accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def _load_muon_uncompiled() -> None:
