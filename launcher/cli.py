@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.job import ClusterError
-from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, TrainError
+from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, TrainError
 
 from .cli_cluster import app as cluster_app
 from .cli_recipes import app as recipes_app
@@ -237,6 +237,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except ModuleNotFoundError as e:
+        top = (e.name or "").partition(".")[0]
+        if top in ("", "launcher", "trainer", "cluster"):
+            sys.exit(_unexpected(e))
+        _print_error(
+            f"the package {top} is not installed in {sys.executable}\nWhat else is missing, and how to install it: launch doctor"
+        )
+        sys.exit(EXIT_USER)
     except Exception as e:  # a process border: what gets here is our bug, or Click's own usage error
         sys.exit(_unexpected(e))
     sys.exit(code if isinstance(code, int) else EXIT_OK)

@@ -1,7 +1,8 @@
-"""A recipe where a command would stand means `run`; nothing else is changed."""
+"""The command line as a whole: a recipe where a command would stand means `run`; what a missing package is told as."""
 
 import pytest
 
+from launcher import cli
 from launcher.cli import route
 
 
@@ -20,3 +21,14 @@ from launcher.cli import route
 )
 def test_route(argv: list[str], expected: list[str]) -> None:
     assert route(argv) == expected
+
+
+def test_a_missing_package_is_named_and_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def broken(**options: object) -> None:
+        raise ModuleNotFoundError("No module named 'pydantic.fields'", name="pydantic.fields")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "x.yaml"])
+    assert ended.value.code == 2
+    assert "the package pydantic is not installed in" in capsys.readouterr().err
