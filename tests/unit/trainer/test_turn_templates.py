@@ -1,0 +1,79 @@
+"""The templates of XTuner and LLaMA-Factory give the tokens and labels that those programs' own code gives.
+
+tokens.jsonl was written by that code: tests/golden/templates/make.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from support.commands import ROOT
+from support.template_tokenizer import CONVERSATIONS, template_tokenizer
+
+from trainer.turn_templates import Piece, Turn, candidates, turn_templates
+
+GOLDEN = ROOT / "tests" / "golden" / "templates" / "tokens.jsonl"
+ROWS = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return template_tokenizer()
+
+
+def encoded(tokenizer: Any, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        if piece.kind == "text":
+            own = tokenizer.encode(piece.text, add_special_tokens=False)
+        else:
+            own = [tokenizer.convert_tokens_to_ids(piece.text or getattr(tokenizer, f"{piece.kind}_token"))]
+        learnt = list(own) if piece.supervised else [-100] * len(own)
+        if piece.ends_turn:
+            learnt[0] = tokenizer.eos_token_id
+        ids += own
+        labels += learnt
+    return ids, labels
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(row[0] for row in ROWS))
+def test_tokens_and_labels_are_those_of_the_program_itself(name: str, tokenizer: Any) -> None:
+    rows = [row for row in ROWS if row[0] == name]
+    assert rows
+    for _, number, ids, labels in rows:
+        assert encoded(tokenizer, turn_templates()[name].pieces(CONVERSATIONS[number])) == (ids, labels), number
+
+
+def test_every_template_was_compared() -> None:
+    assert {row[0] for row in ROWS} == set(turn_templates())
+
+
+def test_a_prompt_is_how_the_training_of_its_answer_begins() -> None:
+    for template in turn_templates().values():
+        for turns in CONVERSATIONS:
+            asked = [*turns[:-1], turns[-1]._replace(answer=None)]
+            prompt, whole = template.pieces(asked), template.pieces(turns)
+            assert prompt == whole[: len(prompt)]
+            assert any(p.supervised for p in whole[len(prompt) :])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen_chat", ["xtuner/qwen_chat"]),
+        ("qwen", ["llamafactory/qwen"]),
+        ("vicuna", ["xtuner/vicuna", "llamafactory/vicuna"]),
+        ("llamafactory/vicuna", ["llamafactory/vicuna"]),
+        ("qwen_chatt", []),
+    ],
+)
+def test_a_name_may_leave_out_its_tool(name: str, expected: list[str]) -> None:
+    assert candidates(name) == expected
+
+
+def test_a_template_without_a_place_for_a_system_prompt_leaves_it_out() -> None:
+    minicpm = turn_templates()["xtuner/minicpm"]
+    assert minicpm.pieces([Turn("Be kind.", "Hi", None)]) == minicpm.pieces([Turn("", "Hi", None)])
