@@ -13,7 +13,7 @@ import importlib.util
 import json
 import sys
 import types
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def fake_module(name: str, **members: Any) -> types.ModuleType:
 
 def from_file(path: Path, name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -72,7 +73,7 @@ def llamafactory(folder: Path):
         def __getattr__(self, name: str):
             return lambda *args, **kwargs: None
 
-    class Role(str, Enum):
+    class Role(StrEnum):
         USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
         FUNCTION, OBSERVATION = "function", "observation"
 
