@@ -66,12 +66,17 @@ class TurnTemplate:
         )
         return [p for p in pieces if p.text or p.kind != "text"]
 
+    def jinja(self) -> str:
+        """The same text as a chat template for other programs: these tokenise it as one."""
+        return _xtuner_jinja(self.strings) if self.tool == "xtuner" else _llamafactory_jinja(self.strings)
+
 
 @functools.cache
 def turn_templates() -> dict[str, TurnTemplate]:
     """All of them, by tool/name."""
     found = json.loads(_FILE.read_text(encoding="utf-8"))
-    return {key: TurnTemplate(*key.split("/", 1), strings) for key, strings in found.items()}
+    names = {key: key.split("/", 1) for key in found}
+    return {key: TurnTemplate(tool, name, found[key]) for key, (tool, name) in names.items()}
 
 
 def candidates(name: str) -> list[str]:
@@ -135,3 +140,71 @@ def _filled(slots: Sequence[Any], content: str, index: str = "") -> list[Piece]:
         else:
             pieces.append(Piece("", kind=slot["special"]))
     return pieces
+
+
+def _xtuner_jinja(strings: dict[str, Any]) -> str:
+    user = _literals(strings["user"], {"{input}": "message['content']", "{round}": "ns.turn"})
+    system = _literals(strings.get("system", ""), {"{system}": "ns.system"})
+    again = "true" if strings["eos"] else "ns.turn == 1"
+    eos = "{{ eos_token }}" if strings["eos"] else ""
+    return (
+        "{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{% set ns.system = message['content'] %}"
+        "{% elif message['role'] == 'user' %}{% set ns.turn = ns.turn + 1 %}"
+        f"{{% if {again} %}}{{{{ bos_token }}}}{{% endif %}}"
+        f"{{% if ns.system %}}{system}{{% set ns.system = '' %}}{{% endif %}}{user}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] }}"
+        f"{_literal(strings.get('end', ''))}{eos}{_literal(strings.get('between', ''))}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+def _llamafactory_jinja(strings: dict[str, Any]) -> str:
+    end = _literal(strings["stop_words"][0]) if strings.get("replace_eos") else "{{ eos_token }}"
+
+    def slots(name: str, content: str) -> str:
+        return "".join(
+            _literals(slot, {"{{content}}": content, "{{idx}}": "ns.turn"})
+            if isinstance(slot, str)
+            else _literal(slot["token"])
+            if "token" in slot
+            else {"bos": "{{ bos_token }}", "eos": end}[slot["special"]]
+            for slot in strings.get(name, ())
+        )
+
+    thought = strings.get("empty_thought", "".join(strings.get("thought", ())))
+    words = [json.dumps(w.strip(), ensure_ascii=False) for w in strings.get("thought", ()) if w.strip()]
+    absent = " and ".join(f"{word} not in message['content']" for word in words)
+    add_thought = f"{{% if {absent} %}}{_literal(thought)}{{% endif %}}" if words else ""
+    system = f"{{% if ns.system %}}{slots('system', 'ns.system')}{{% endif %}}"
+    inside = system if strings.get("system_in_user") else ""
+    user, answer = slots("user", "ns.question"), slots("answer", "message['content']")
+    finish = (
+        "{% if messages[-1]['role'] == 'assistant' %}" + end + "{% endif %}" if strings.get("efficient_eos") else ""
+    )
+    default = json.dumps(strings.get("default_system", ""), ensure_ascii=False)
+    return (
+        f"{{% set ns = namespace(system={default}, turn=0, question='') %}}{{% for message in messages %}}"
+        "{% if message['role'] == 'system' %}{% if message['content'] %}{% set ns.system = message['content'] %}{% endif %}"
+        "{% elif message['role'] == 'user' %}{% set ns.question = message['content'] %}"
+        f"{{% if ns.turn == 0 %}}{slots('prefix', '')}{'' if inside else system}"
+        + (f"{{% set ns.question %}}{inside}{{{{ ns.question }}}}{{% endset %}}" if inside else "")
+        + f"{{% endif %}}{user}{{% set ns.turn = ns.turn + 1 %}}"
+        "{% elif message['role'] == 'assistant' %}"
+        f"{add_thought}{answer}"
+        "{% endif %}{% endfor %}" + finish
+    )
+
+
+def _literal(text: str) -> str:
+    """The text as an expression: what stands outside of one is trimmed by transformers."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def _literals(text: str, places: dict[str, str]) -> str:
+    """The text with the first of each place replaced by an expression."""
+    for place, expression in places.items():
+        before, found, after = text.partition(place)
+        if found:
+            return _literals(before, places) + f"{{{{ {expression} }}}}" + _literals(after, places)
+    return _literal(text)

@@ -77,3 +77,20 @@ def test_a_name_may_leave_out_its_tool(name: str, expected: list[str]) -> None:
 def test_a_template_without_a_place_for_a_system_prompt_leaves_it_out() -> None:
     minicpm = turn_templates()["xtuner/minicpm"]
     assert minicpm.pieces([Turn("Be kind.", "Hi", None)]) == minicpm.pieces([Turn("", "Hi", None)])
+
+
+@pytest.mark.parametrize("name", turn_templates())
+def test_as_jinja_it_shows_the_same_text(name: str, tokenizer: Any) -> None:
+    template = turn_templates()[name]
+    for turns in CONVERSATIONS:
+        messages = [{"role": "system", "content": turns[0].system}] if turns[0].system else []
+        for turn in turns:
+            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+        show = lambda some: tokenizer.apply_chat_template(some, chat_template=template.jinja(), tokenize=False)  # noqa: E731
+        assert show(messages) == text_of(tokenizer, template.pieces(turns))
+        asked = [*turns[:-1], turns[-1]._replace(answer=None)]
+        assert show(messages[:-1]) == text_of(tokenizer, template.pieces(asked))
+
+
+def text_of(tokenizer: Any, pieces: list[Piece]) -> str:
+    return "".join(p.text if p.kind in ("text", "token") else getattr(tokenizer, f"{p.kind}_token") for p in pieces)
