@@ -57,6 +57,18 @@ class TurnTemplate:
         """For conversations that bring none; "" for nothing."""
         return self.strings.get("default_system", "")
 
+    @property
+    def ends_with_separator(self) -> bool:
+        """Whether the last of `pieces` stands between two turns, also where no turn follows."""
+        return "between" in self.strings
+
+    @property
+    def needed_tokens(self) -> tuple[str, ...]:
+        """What must be a token of the vocabulary, whatever the text."""
+        slots = [slot for value in self.strings.values() if isinstance(value, list) for slot in value]
+        tokens = [slot["token"] for slot in slots if isinstance(slot, dict) and "token" in slot]
+        return tuple(dict.fromkeys([*tokens, *(self.stop_words[:1] if self.strings.get("replace_eos") else ())]))
+
     def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
         """The conversation. Without an answer in the last turn: what the model reads before it answers."""
         layout = _xtuner_pieces if self.tool == "xtuner" else _llamafactory_pieces
