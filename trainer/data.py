@@ -2,7 +2,7 @@
 
 One entry is a folder, and is not changed once it exists:
   tokens.bin             uint32 (N,)   all documents end to end
-  supervised.bin         uint8 (N,)    1 where the token must be predicted
+  supervised.bin         uint8 (N,)    1 where the token must be predicted, 2 where the end of the text must be in its place
   document_offsets.npy   int64 (D + 1,) document d is tokens[offsets[d] : offsets[d + 1]]
   document_labels.npy    int64 (D,)    labels of a document: its supervised tokens but for the first token
   document_sources.npy   int64 (D, 2)  index of the data file in index.json, and line
@@ -32,7 +32,7 @@ from .spec import OptimSpec, TrainError
 if TYPE_CHECKING:
     import torch
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of the cache key: raise it whenever the same settings would give other tokens or another layout."""
 INDEX = "index.json"
 MAX_HASHED_BYTES = 64 * 2**20
@@ -59,13 +59,13 @@ class TokenWriter:
         """What the tokens of a document are, in 8 bytes."""
         self._sources: list[tuple[int, int]] = []
 
-    def add(self, input_ids: Sequence[int], supervised: Sequence[bool], file_index: int, line: int) -> None:
+    def add(self, input_ids: Sequence[int], supervised: Sequence[int], file_index: int, line: int) -> None:
         tokens = np.asarray(input_ids, dtype="<u4").tobytes()
         self._tokens.write(tokens)
         self.digests.append(hashlib.blake2b(tokens, digest_size=8).digest())
         self._supervised.write(bytes(supervised))
         self.lengths.append(len(input_ids))
-        self.labels.append(sum(supervised[1:]))
+        self.labels.append(sum(map(bool, supervised[1:])))
         self._sources.append((file_index, line))
 
     def finish(self, row_offsets: np.ndarray, row_documents: np.ndarray, index: dict[str, Any]) -> None:
@@ -134,6 +134,7 @@ class TokenData:
         self.index = index
         self.packing: bool = index["packing"]
         self.max_length: int = index["max_length"]
+        self._end_id: int = index["eos_token_id"]
         self._tokens = np.memmap(data_dir / "tokens.bin", dtype="<u4", mode="r")
         self._supervised = np.memmap(data_dir / "supervised.bin", dtype=np.uint8, mode="r")
         self._offsets = _load(data_dir, "document_offsets")
@@ -205,7 +206,8 @@ class TokenData:
             size = end - start
             input_ids[at : at + size] = tokens
             # The label of a token is the token after it, so the last one of a document has none.
-            labels[at : at + size - 1] = np.where(self._supervised[start + 1 : end], tokens[1:], IGNORED)
+            kinds = self._supervised[start + 1 : end]
+            labels[at : at + size - 1] = np.where(kinds == 0, IGNORED, np.where(kinds == 2, self._end_id, tokens[1:]))
             at += size
         if used < length:
             lengths.append(length - used)

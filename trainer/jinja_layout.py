@@ -10,7 +10,7 @@ import jinja2
 
 from .rows import Message
 from .spec import TrainError
-from .token_encoder import TokenEncoder, any_of
+from .token_encoder import TokenEncoder
 from .turn_templates import Piece
 
 SENTINEL = "Qz7sentinelQz7"
@@ -30,6 +30,11 @@ class JinjaLayout:
         self._tail, self._end_token, self._anchored = "", "", False
         if text is not None:
             self._study(encoder.added)
+
+    @property
+    def lacks_end(self) -> bool:
+        """Whether answers have no end of their own: the tokenizer's end of text has to be put behind the last."""
+        return not self._end_token
 
     @property
     def end_tokens(self) -> tuple[str, ...]:

@@ -161,12 +161,10 @@ def prepare_data(spec: TrainSpec, model_dir: Path) -> tuple[Path, bool]:
 
 def cache_key(data: DataSpec, model_dir: Path) -> str:
     """sha256 over all that decides the tokens: data, tokenizer, template, settings, versions. Reads the data once."""
-    from .template import read_template
-
     settings = [
         CACHE_VERSION,
         {name: version(name) for name in ("tokenizers", "transformers")},
-        read_template(data.template),
+        _template_text(data.template),
         data.system,
         data.max_length,
         data.packing,
@@ -182,6 +180,15 @@ def cache_key(data: DataSpec, model_dir: Path) -> str:
     for path in tokenizer_files(model_dir):
         digest.update(f"\0{path.relative_to(model_dir)}\0".encode() + _file_digest(path))
     return digest.hexdigest()
+
+
+def _template_text(template: str) -> Any:
+    """What decides the layout, as JSON can hold it."""
+    from .template import read_template
+    from .turn_templates import TurnTemplate
+
+    found = read_template(template)
+    return dataclasses.asdict(found) if isinstance(found, TurnTemplate) else found
 
 
 def _file_digest(path: Path) -> bytes:
@@ -228,6 +235,7 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
         "num_rows": len(offsets) - 1,
         "num_held_out_rows": len(held_out_offsets) - 1,
         "pad_token_id": next(pads),
+        "eos_token_id": -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
         "data_files": [f.path for f in (*data.files, *data.held_out_files)],
         "counts": dataclasses.asdict(counts),
     }

@@ -7,37 +7,30 @@ of a training document consists of exactly the tokens that chat will send, and t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
+from .jinja_layout import JinjaLayout
 from .rows import Message, Row
 from .spec import TrainError
+from .token_encoder import TokenEncoder
+from .turn_layout import TurnLayout
+from .turn_templates import Piece, TurnTemplate, turn_templates
 
-SENTINEL = "Qz7sentinelQz7"
-"""An answer that no template changes and that no prompt contains."""
-NO_TEMPLATE_HINT = (
-    "Set data.template to a Jinja file that fits the model, or take the model's instruct (chat) variant; "
-    "plain `text` rows need no template."
-)
+NOT_LEARNT, LEARNT, LEARNT_AS_END = 0, 1, 2
+"""What a token's label is: none, the token itself, or the end of the text (LLaMA-Factory's efficient_eos)."""
 
 
 class Document(NamedTuple):
     """One row as tokens. `input_ids` and `supervised` are parallel; a supervised token is one that must be predicted."""
 
     input_ids: list[int]
-    supervised: list[bool]
+    supervised: list[int]
+    """NOT_LEARNT, LEARNT or LEARNT_AS_END."""
     rewritten: bool = False
     """The template shows an earlier answer otherwise once more turns follow: that answer is not supervised."""
-
-
-class _Piece(NamedTuple):
-    text: str
-    supervised: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class IdentityReport:
 
 
 class ChatTemplate:
-    """One tokenizer and one template. `template_text` None means the tokenizer's own template.
+    """One tokenizer and one template. `template`: Jinja text, or a `TurnTemplate`; None is the tokenizer's own.
 
     Without any template an object can still encode plain text; everything else raises TrainError.
     """
@@ -86,23 +79,28 @@ class ChatTemplate:
         A document whose answers are all empty or switched off has no supervised token. Raises TrainError.
         """
         pieces_of_rows = [self._pieces(row, system) for row in rows]
-        if self._head is None and not self._anchored:
-            self._learn_head([p[0].text for row, (p, _) in zip(rows, pieces_of_rows, strict=True) if row.text is None])
-        ids = iter(self._encode_pieces([pieces for pieces, _ in pieces_of_rows]))
+        ids = iter(self._layout.encode([pieces for pieces, _ in pieces_of_rows]))
         documents = []
         for row, (pieces, rewritten) in zip(rows, pieces_of_rows, strict=True):
             tokens, supervised = [], []
             for piece in pieces:
                 piece_ids = next(ids)
                 tokens += piece_ids
-                supervised += [piece.supervised] * len(piece_ids)
+                supervised += [int(piece.supervised)] * len(piece_ids)
+                if piece.ends_turn:
+                    supervised[-len(piece_ids)] = LEARNT_AS_END
             if row.text is not None:
-                tokens, supervised = self._bos_ids + tokens, [False] * len(self._bos_ids) + supervised
-            if (row.text is not None or not self._end_token) and supervised and supervised[-1]:
+                tokens, supervised = self._bos_ids + tokens, [NOT_LEARNT] * len(self._bos_ids) + supervised
+            if (row.text is not None or self._layout.lacks_end) and supervised and supervised[-1]:
                 tokens.append(self.tokenizer.eos_token_id)
-                supervised.append(True)
+                supervised.append(LEARNT)
             documents.append(Document(tokens, supervised, rewritten))
         return documents
+
+    def _pieces(self, row: Row, system: str | None) -> tuple[list[Piece], bool]:
+        if row.text is not None:
+            return [Piece(row.text, bool(row.text.strip()))], False
+        return self._layout.pieces(with_system(row.messages, system), row.source)
 
     def check_identity(self, rows: Sequence[Row], documents: Sequence[Document], system: str | None) -> IdentityReport:
         """Compare documents with the library's own tokens. Raises TrainError when a prompt differs from chat's."""
@@ -111,9 +109,9 @@ class ChatTemplate:
             if row.text is not None or not any(document.supervised):
                 continue
             messages = with_system(row.messages, system)
-            prompt = document.input_ids[: document.supervised.index(True)]
+            prompt = document.input_ids[: document.supervised.index(LEARNT)]
             asked = [messages[:k] for k, m in enumerate(messages) if m.role == "assistant"]
-            if not any(self._library_ids(m, generate=True) == prompt for m in asked):
+            if not any(self._asked_ids(m) == prompt for m in asked):
                 raise TrainError(
                     f"{row.source}: the training prompt differs from the prompt that chat would send",
                     "Set data.template to a template whose generation prompt is how it begins an answer.",
@@ -122,10 +120,16 @@ class ChatTemplate:
             equal += self._library_ids(messages, generate=False)[: len(document.input_ids)] == document.input_ids
         return IdentityReport(checked, equal)
 
+    def _asked_ids(self, messages: Sequence[Message]) -> list[int]:
+        """A prompt as chat sends it, made without what training made."""
+        if isinstance(self._layout, TurnLayout):
+            return self.prompt_ids(messages)
+        return self._library_ids(messages, generate=True)
+
     def _library_ids(self, messages: Sequence[Message], generate: bool) -> list[int]:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         return self.tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=False, add_generation_prompt=generate, chat_template=self._text
+            turns, tokenize=True, return_dict=False, add_generation_prompt=generate, chat_template=self._layout.jinja
         )
 
 
@@ -137,7 +141,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 
 def load_template(model_dir: str, template: str, trust_remote_code: bool = False) -> ChatTemplate:
-    """Template of a model folder. `template` is "model" or the path of a Jinja file. Raises TrainError."""
+    """Template of a model folder. `template`: "model", tool/name of a `TurnTemplate`, or a Jinja file. Raises TrainError."""
     from transformers import AutoTokenizer
 
     try:
@@ -150,10 +154,12 @@ def load_template(model_dir: str, template: str, trust_remote_code: bool = False
     return ChatTemplate(tokenizer, read_template(template), _eos_token_ids(Path(model_dir)))
 
 
-def read_template(template: str) -> str | None:
-    """Text of a Jinja file; None for "model". Raises TrainError."""
+def read_template(template: str) -> str | TurnTemplate | None:
+    """Text of a Jinja file, or a `TurnTemplate` by its tool/name; None for "model". Raises TrainError."""
     if template == "model":
         return None
+    if template in turn_templates():
+        return turn_templates()[template]
     try:
         return Path(template).read_text(encoding="utf-8")
     except OSError as e:
@@ -176,8 +182,3 @@ def _own_template(tokenizer: Any) -> str | None:
         return tokenizer.get_chat_template()
     except ValueError:
         return None  # the documented answer of a tokenizer without one
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    """Pattern of any of these texts, the longest first; of nothing, when there are none."""
-    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or r"(?!)")

@@ -14,6 +14,9 @@ from .turn_templates import Piece, Turn, TurnTemplate
 class TurnLayout:
     """Raises TrainError for a token that the template needs and the tokenizer lacks."""
 
+    lacks_end = False
+    """The template says itself where a text ends."""
+
     def __init__(self, encoder: TokenEncoder, template: TurnTemplate) -> None:
         self.encoder, self.template = encoder, template
         self.jinja = template.jinja()

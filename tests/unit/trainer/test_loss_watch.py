@@ -125,7 +125,7 @@ def watch(tmp_path: Path) -> LossWatch:
     for n in range(16):
         writer.add([10 + n, 20, 30], [False, True, True], 0, n + 1)
     offsets, order = pack_documents(np.asarray(writer.lengths), 4, packing=True)
-    index = {"packing": True, "max_length": 4, "pad_token_id": 9, "data_files": ["/数.jsonl"]}
+    index = {"packing": True, "max_length": 4, "pad_token_id": 9, "eos_token_id": 8, "data_files": ["/数.jsonl"]}
     writer.finish(offsets, order, {**index, "num_rows": len(offsets) - 1, "num_held_out_rows": 0})
     spec = make_spec(tmp_path)
     spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, accumulate=2))

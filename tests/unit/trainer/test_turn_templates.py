@@ -6,12 +6,15 @@ tokens.jsonl was written by that code: tests/golden/templates/make.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from support.commands import ROOT
 from support.template_tokenizer import CONVERSATIONS, template_tokenizer
 
+from trainer.rows import Message, Row
+from trainer.template import ChatTemplate
 from trainer.turn_templates import Piece, Turn, candidates, turn_templates
 
 GOLDEN = ROOT / "tests" / "golden" / "templates" / "tokens.jsonl"
@@ -45,6 +48,31 @@ def test_tokens_and_labels_are_those_of_the_program_itself(name: str, tokenizer:
     assert rows
     for _, number, ids, labels in rows:
         assert encoded(tokenizer, turn_templates()[name].pieces(CONVERSATIONS[number])) == (ids, labels), number
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(row[0] for row in ROWS))
+def test_training_rows_are_that_too_but_for_what_follows_the_last_answer(name: str, tokenizer: Any) -> None:
+    template = ChatTemplate(tokenizer, turn_templates()[name])
+    for _, number, ids, labels in (row for row in ROWS if row[0] == name):
+        rows = [Row(messages_of(CONVERSATIONS[number]), None, "d.jsonl", 1)]
+        (document,) = documents = template.encode_rows(rows, None)
+        assert template.check_identity(rows, documents, None).num_checked == 1
+        length = len(document.input_ids)
+        made = [
+            (-100, token, tokenizer.eos_token_id)[kind]
+            for token, kind in zip(document.input_ids, document.supervised, strict=True)
+        ]
+        assert (document.input_ids, made) == (ids[:length], labels[:length])
+        assert set(labels[length:]) <= {-100}
+
+
+def messages_of(turns: Sequence[Turn]) -> tuple[Message, ...]:
+    first = (Message("system", turns[0].system),) if turns[0].system else ()
+    pairs = (
+        (Message("user", t.question), Message("assistant", t.answer or "", None if t.supervised else False))
+        for t in turns
+    )
+    return (*first, *(m for pair in pairs for m in pair))
 
 
 def test_every_template_was_compared() -> None:
