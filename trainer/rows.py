@@ -1,36 +1,44 @@
-"""Rows of training data: json and jsonl files, whatever their format (see row_formats.py), become one shape.
+"""Rows of training data: sources of any kind (row_files.py) and format (row_formats.py) become one shape.
 
-Standard library only.
+Standard library only, but for what tables and hubs need.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .row_formats import FORMATS, SHAPES, Message, RowError, describe, detect, matching
-from .spec import DataFile, TrainError
+from .data_paths import data_files
+from .row_files import read_values
+from .row_formats import FORMATS, REFUSED_KEYS, Parsed, detect, matching, refuse_foreign
+from .row_values import SHAPES, Message, RowError, describe, field
+from .spec import DataFile, RowNames, TrainError
+
+__all__ = ["Message", "Row", "read_rows", "source_files"]
 
 MAX_PROBLEMS = 20
-BOM_UTF8, BOMS_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
-BINARY = (b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"ARROW1", b"\x28\xb5\x2f\xfd")
-"""How parquet, gzip, zip (xlsx), Arrow and zstd files begin."""
-ONE_ROW_PER_LINE = "A .jsonl file holds one JSON value per line; a .json file holds one array: [row, row, ...]."
 
 
 @dataclass(frozen=True)
 class Row:
-    """Either `messages` (which end with an assistant turn) or `text`."""
+    """Either `messages` (which end with an assistant turn), or `text`, or `input_ids`."""
 
     messages: tuple[Message, ...]
     text: str | None
     path: str
     line: int
-    """1-based line of the file on which the row begins."""
+    """1-based line of the file on which the row begins; of a table, the number of the row."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the functions that the answers may call."""
+    input_ids: tuple[int, ...] | None = None
+    """Tokens that were made elsewhere."""
+    supervised: tuple[int, ...] = ()
+    """0 or 1 for each of `input_ids`."""
+    source_number: int = 0
+    """Which of the sources it comes from."""
 
     @property
     def source(self) -> str:
@@ -38,200 +46,165 @@ class Row:
         return f"{self.path}:{self.line}"
 
 
-def read_rows(files: tuple[DataFile, ...], max_rows: int) -> Iterator[Row]:
-    """Rows of all files in order, at most `max_rows` (0: all). Prints the format of each file.
+class _Problems:
+    """What is wrong with rows, to be said all at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.hints: dict[str, None] = {}
+
+    def add(self, path: Path, line: int, e: RowError) -> None:
+        self.lines.append(f"{path}:{line}: {e.message}")
+        self.hints.setdefault(e.hint)
+
+    @property
+    def are_many(self) -> bool:
+        return len(self.lines) >= MAX_PROBLEMS
+
+    def error(self) -> TrainError:
+        more = [f"(reading stopped after {MAX_PROBLEMS} problems)"] if self.are_many else []
+        return TrainError("\n".join([*self.lines, *more]), "\n".join(h for h in self.hints if h))
+
+
+def read_rows(sources: tuple[DataFile, ...], max_rows: int) -> Iterator[Row]:
+    """Rows of all sources in order, at most `max_rows` (0: all) and of each its own limit. Prints the format of each.
 
     Raises TrainError that lists up to 20 problems. After the first problem rows are still checked, but not yielded.
     """
-    problems: list[str] = []
-    hints: dict[str, None] = {}
-    num_read = 0
-    for file in files:
-        reader = _FileReader(file)
-        for line, value in reader.values():
-            if max_rows and num_read >= max_rows:
-                break
-            num_read += 1
+    problems, num_read = _Problems(), 0
+    for number, source in enumerate(sources):
+        limits = [limit for limit in (max_rows and max_rows - num_read, source.max_rows) if limit]
+        if max_rows and num_read >= max_rows:
+            break
+        reader = _SourceReader(source, number, min(limits, default=0))
+        yield from reader.rows(problems)
+        num_read += reader.num_read
+        if problems.are_many:
+            break
+    if problems.lines:
+        raise problems.error()
+
+
+@functools.lru_cache(maxsize=64)
+def source_files(source: DataFile) -> tuple[Path, ...]:
+    """The local files of a source, in order; a dataset of a hub is fetched first. Raises TrainError."""
+    if source.kind != "path":
+        from .dataset_hub import fetch
+
+        return tuple(fetch(source))
+    return tuple(data_files(source.path, source.split))
+
+
+class _SourceReader:
+    """One source: which files, which format ("" until the first row of a file says so), which names."""
+
+    def __init__(self, source: DataFile, number: int, max_rows: int) -> None:
+        self.source, self.number, self.max_rows = source, number, max_rows
+        self.num_read = 0
+        self._told: set[str] = set()
+        self._map: Callable[[Any], list[Any]] | None = None
+        if source.map:
+            from .row_map import load_map
+
+            self._map = load_map(source.map)
+
+    def rows(self, problems: _Problems) -> Iterator[Row]:
+        """Rows of all files; nothing after the first problem."""
+        for path in source_files(self.source):
+            if self.max_rows and self.num_read >= self.max_rows:
+                return
+            yield from self._rows_of_file(path, problems)
+            if problems.are_many:
+                return
+
+    def _rows_of_file(self, path: Path, problems: _Problems) -> Iterator[Row]:
+        parser, shown = _RowParser(self.source), str(path)
+        for line, value in read_values(path):
+            if self.max_rows and self.num_read >= self.max_rows:
+                return
+            self.num_read += 1
             try:
                 if isinstance(value, RowError):
                     raise value
-                messages, text = reader.parse(value)
+                made = [parser.parse(v) for v in (self._map(value) if self._map else (value,))]
             except RowError as e:
-                problems.append(f"{file.path}:{line}: {e.message}")
-                hints.setdefault(e.hint)
-                unknown_shape = not reader.format and not isinstance(value, RowError)
-                if unknown_shape or len(problems) >= MAX_PROBLEMS:
-                    break
+                problems.add(path, line, e)
+                unknown_shape = not parser.format and not isinstance(value, RowError)
+                if unknown_shape or problems.are_many:
+                    return
                 continue
-            if not problems:
-                yield Row(messages, text, file.path, line)
-        if len(problems) >= MAX_PROBLEMS or (max_rows and num_read >= max_rows):
-            break
-    if problems:
-        if len(problems) >= MAX_PROBLEMS:
-            problems.append(f"(reading stopped after {MAX_PROBLEMS} problems)")
-        raise TrainError("\n".join(problems), "\n".join(h for h in hints if h))
+            if parser.format not in self._told:
+                self._tell(path, parser)
+            if not problems.lines:
+                for p in made:
+                    yield Row(p.messages, p.text, shown, line, p.tools, p.input_ids, p.supervised, self.number)
+
+    def _tell(self, path: Path, parser: _RowParser) -> None:
+        if not parser.format:
+            return
+        self._told.add(parser.format)
+        unread = f"; keys that are not read: {', '.join(parser.unread)}" if parser.unread else ""
+        print(f"{path}: rows are read as `{parser.format}` ({parser.decided_by}){unread}", flush=True)
 
 
-class _FileReader:
-    """One data file: how it is laid out, and which format its rows have ("" until the first row says so)."""
+class _RowParser:
+    """Values of one file -> messages, text or tokens."""
 
-    def __init__(self, file: DataFile) -> None:
-        self.path = Path(file.path)
-        self.format = "" if file.format == "auto" else file.format
-        self.decided_by = f"the recipe says format: {file.format}" if self.format else ""
+    def __init__(self, source: DataFile) -> None:
+        self.format = "" if source.format == "auto" else source.format
+        self.decided_by = f"the recipe says format: {source.format}" if self.format else ""
+        self.unread: list[str] = []
+        self._names = source.names
+        self._columns = source.names.columns
 
-    def values(self) -> Iterator[tuple[int, Any]]:
-        """(line, JSON value or RowError) of every row. Raises TrainError when the file itself cannot be read."""
-        path = self.path
-        head = read_head(path)
-        if head.startswith(BOMS_UTF16) or head[:64].count(0) > 8:
-            raise _encoding_error(path, 1)
-        num_rows = 0
-        for item in _array_values(path) if _is_array(path, head) else _line_values(path):
-            num_rows += 1
-            yield item
-        if num_rows == 0:
-            raise TrainError(
-                f"data file {path} holds no rows", "Give a file with at least one row, or remove it from data.files."
-            )
-
-    def parse(self, value: Any) -> tuple[tuple[Message, ...], str | None]:
-        """(messages, text) of a row. The first row decides the format of a file read as `auto`."""
+    def parse(self, value: Any) -> Parsed:
+        """What a row says. The first row decides the format of a file read as `auto`. Raises RowError."""
+        if isinstance(value, dict) and not REFUSED_KEYS.isdisjoint(value):
+            refuse_foreign(value)
+        if self._columns:
+            value = self._renamed(value)
         if not self.format:
             self.format = detect(value)
-            self.decided_by = "its first row says so"
+            self.decided_by = "columns and its first row say so" if self._columns else "its first row says so"
         if self.format not in matching(value):
             raise RowError(
                 f"the row has {describe(value)}, but the file is read as `{self.format}` ({self.decided_by})",
                 f"Put rows of different formats into different files.\n{SHAPES}",
             )
-        parsed = FORMATS[self.format].parse(value)
-        if self.decided_by:
-            print(f"{self.path}: rows are read as `{self.format}` ({self.decided_by})", flush=True)
-            self.decided_by = ""
-        return parsed
+        return FORMATS[self.format].parse(value, self._names)
+
+    def _renamed(self, value: Any) -> dict[str, Any]:
+        """The row under our names: the columns that are named, and nothing else."""
+        if not isinstance(value, dict):
+            raise RowError(f"the row has {describe(value)}, and `columns` names keys", SHAPES)
+        names = self._names
+        if not self.decided_by or not self.unread:
+            self.unread = [str(key) for key in value if key not in self._columns.values()]
+        kept = {ours: value.get(theirs) for ours, theirs in self._columns.items() if ours not in _TURNED}
+        if names.messages:
+            turns = field(value, names.messages, "the row")
+            return {_messages_key(turns, names, self.format): turns, **kept}
+        asked = {"instruction": _asked(value, names)}
+        if not names.response:
+            return {"text": asked["instruction"]}
+        return {**asked, "output": field(value, names.response, "the row"), **kept}
 
 
-def read_head(path: Path) -> bytes:
-    """The first 64 KB. Raises TrainError when there is no such file, or nothing in it, or it is no text."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise TrainError(f"data file {path} {what}", "Check data.files; paths are relative to the recipe file.")
-    with path.open("rb") as f:
-        head = f.read(1 << 16)
-    if not head.removeprefix(BOM_UTF8).strip():
-        raise TrainError(
-            f"data file {path} is empty", "Give a file with at least one row, or remove it from data.files."
-        )
-    if head.startswith(BINARY):
-        raise TrainError(
-            f"data file {path} is not json or jsonl but a binary file", "Convert (or unpack) it to jsonl first."
-        )
-    return head
+_TURNED = frozenset({"prompt", "query", "response", "messages"})
 
 
-def _is_array(path: Path, head: bytes) -> bool:
-    """Whether the file is one JSON array. A .jsonl file may also begin with "[": then each line is a list of messages."""
-    head = head.removeprefix(BOM_UTF8).lstrip()
-    if not head.startswith(b"["):
-        return False
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        return True
-    try:
-        json.loads(head.split(b"\n", 1)[0])
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return b"\n" in head
-    return False
+def _asked(row: dict[str, Any], names: RowNames) -> Any:
+    """LLaMA-Factory's question: prompt and query, with a line end between them where there are both."""
+    parts = [field(row, name, "the row") for name in (names.prompt, names.query) if name]
+    if not parts:
+        raise RowError("`columns` names neither prompt, query nor messages", "Write columns: {prompt: NAME, response: NAME}")
+    return parts[0] if len(parts) == 1 else "\n".join(str(part) for part in parts if part)
 
 
-def _line_values(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as f:
-        for number, raw in enumerate(f, start=1):
-            if number == 1:
-                raw = raw.removeprefix(BOM_UTF8)
-            if not raw.strip():
-                continue
-            try:
-                value: Any = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise _encoding_error(path, number) from None
-            except json.JSONDecodeError as e:
-                value = _json_error(e)
-            yield number, value
-
-
-def _array_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Elements of one JSON array, each with the line on which it begins."""
-    data = path.read_bytes().removeprefix(BOM_UTF8)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise _encoding_error(path, data.count(b"\n", 0, e.start) + 1) from None
-    del data
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0
-    position = _skip_space(text, text.index("[") + 1)
-    while position < len(text) and text[position] != "]":
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, position = decoder.raw_decode(text, position)
-            yield line, value
-            position = _skip_space(text, position)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']' between rows", text, position)
-        except json.JSONDecodeError as e:
-            yield e.lineno, _json_error(e)
-            return
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    if position >= len(text):
-        yield text.count("\n") + 1, RowError("the array is not closed: ] is missing at the end", ONE_ROW_PER_LINE)
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _json_error(e: json.JSONDecodeError) -> RowError:
-    near = e.doc[max(0, e.pos - 20) : e.pos + 20].replace("\n", " ")
-    return RowError(f"not valid JSON: {e.msg} at column {e.colno}, near {near!r}", ONE_ROW_PER_LINE)
-
-
-def _encoding_error(path: Path, line: int) -> TrainError:
-    """Says which encoding the file seems to have. Reads up to 256 MB of it."""
-    with path.open("rb") as f:
-        data = f.read(1 << 28)
-    source, target = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(f".utf8{path.suffix}")))
-    try:
-        start = len(data.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        start = e.start
-    if not data[:start].isascii() and not data.startswith(BOMS_UTF16):
-        return TrainError(
-            f"{path}:{line}: a byte that is not UTF-8, in a file that is UTF-8 so far",
-            f"Repair that line, or drop such bytes: iconv -f UTF-8 -t UTF-8 -c {source} > {target}",
-        )
-    guess = _guess_encoding(data)
-    return TrainError(
-        f"{path}:{line}: the file is not UTF-8"
-        + (f"; it looks like {guess}" if guess else ", and its encoding cannot be told"),
-        f"Convert it{'' if guess else ', for example'}: iconv -f {guess or 'WINDOWS-1252'} -t UTF-8 {source} > {target}",
-    )
-
-
-def _guess_encoding(data: bytes) -> str | None:
-    if data.startswith(BOMS_UTF16):
-        return "UTF-16"
-    if data[:64].count(0) > 8:
-        return "UTF-16LE" if data[1:2] == b"\0" else "UTF-16BE"
-    for cut in range(4):  # what was read may end inside a character
-        try:
-            data[: len(data) - cut].decode("gb18030")
-        except UnicodeDecodeError:
-            continue
-        return "GBK"
-    return None
+def _messages_key(turns: Any, names: RowNames, format: str) -> str:
+    if format in ("messages", "sharegpt"):
+        return "messages" if format == "messages" else "conversations"
+    has_tags = any((names.role_tag, names.content_tag, names.user_tag, names.assistant_tag))
+    first = turns[0] if isinstance(turns, list) and turns else None
+    plain = isinstance(first, dict) and "role" in first and "content" in first
+    return "messages" if plain and not has_tags else "conversations"

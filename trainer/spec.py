@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SPEC_VERSION = 6
+SPEC_VERSION = 7
 
 EXIT_OK = 0
 EXIT_USER = 2
@@ -70,11 +70,55 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
+class RowNames:
+    """What rows call their parts, where that is not what their format says; "" where it is.
+
+    The words are those of LLaMA-Factory's dataset_info.json: `columns`, then `tags`.
+    """
+
+    prompt: str = ""
+    query: str = ""
+    response: str = ""
+    history: str = ""
+    messages: str = ""
+    system: str = ""
+    tools: str = ""
+    role_tag: str = ""
+    content_tag: str = ""
+    user_tag: str = ""
+    assistant_tag: str = ""
+    observation_tag: str = ""
+    function_tag: str = ""
+    system_tag: str = ""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The keys of a row that are named."""
+        names = ("prompt", "query", "response", "history", "messages", "system", "tools")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+@dataclass(frozen=True)
 class DataFile:
+    """One source of rows: a file, or several that are read as one."""
+
     path: str
-    """Absolute path of a json / jsonl file."""
+    """Absolute path of a file or folder, or absolute pattern; for a hub the dataset's id."""
     format: str
-    """auto | conversation | alpaca | messages | sharegpt | text."""
+    """auto | conversation | alpaca | messages | sharegpt | pair | text | ids."""
+    kind: str = "path"
+    """path | hub | modelscope."""
+    subset: str = ""
+    """Of a dataset of a hub; "" for its own default."""
+    split: str = "train"
+    """Of a dataset of a hub, or of a folder of save_to_disk."""
+    weight: float = 1.0
+    """How many times each of its rows is trained on in one epoch."""
+    max_rows: int = 0
+    """Rows read of this source; 0 means all."""
+    names: RowNames = RowNames()
+    map: str = ""
+    """"/folder/my_rows.py:function", which makes rows of ours of its rows; "" for nothing."""
 
 
 @dataclass(frozen=True)
