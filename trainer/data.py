@@ -7,7 +7,7 @@ One entry is a folder, and is not changed once it exists:
   document_labels.npy    int64 (D,)    labels of a document: its supervised tokens but for the first token
   document_sources.npy   int64 (D, 2)  index of the data file in index.json, and line
   row_offsets.npy        int64 (R + 1,) row r holds row_documents[offsets[r] : offsets[r + 1]]
-  row_documents.npy      int64 (D,)
+  row_documents.npy      int64 (M,)     documents by number; by the weight of its source one may be there twice, or not at all
 The first `num_rows` rows (index.json) are trained on; the ones behind them are held out.
   index.json             what the entry is, and size and sha256 of its files; written last
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from .spec import OptimSpec, TrainError
 if TYPE_CHECKING:
     import torch
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Part of the cache key: raise it whenever the same settings would give other tokens or another layout."""
 INDEX = "index.json"
 MAX_HASHED_BYTES = 64 * 2**20
@@ -53,20 +54,20 @@ class TokenWriter:
         self.folder = folder
         self._tokens = (folder / "tokens.bin").open("wb")
         self._supervised = (folder / "supervised.bin").open("wb")
-        self.lengths: list[int] = []
-        self.labels: list[int] = []
-        self.digests: list[bytes] = []
-        """What the tokens of a document are, in 8 bytes."""
-        self._sources: list[tuple[int, int]] = []
+        self.lengths = array("q")
+        self.labels = array("q")
+        self.digests = bytearray()
+        """What the tokens of each document are, in 8 bytes."""
+        self._sources = array("q")
 
     def add(self, input_ids: Sequence[int], supervised: Sequence[int], file_index: int, line: int) -> None:
         tokens = np.asarray(input_ids, dtype="<u4").tobytes()
         self._tokens.write(tokens)
-        self.digests.append(hashlib.blake2b(tokens, digest_size=8).digest())
+        self.digests += hashlib.blake2b(tokens, digest_size=8).digest()
         self._supervised.write(bytes(supervised))
         self.lengths.append(len(input_ids))
         self.labels.append(sum(map(bool, supervised[1:])))
-        self._sources.append((file_index, line))
+        self._sources.extend((file_index, line))
 
     def finish(self, row_offsets: np.ndarray, row_documents: np.ndarray, index: dict[str, Any]) -> None:
         """Write what is left, and `index` (with sizes and hashes) last."""

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +28,10 @@ from .metrics import event
 from .model_folder import read_config
 from .model_source import materialise, tokenizer_files
 from .pack import pack_documents
-from .rows import Row, read_head, read_rows
+from .row_files import inner_suffix, read_head
+from .row_map import split_map
+from .rows import Row, read_rows, source_files
+from .source_counts import SourceCounts, drawn, source_lines
 from .spec import DataFile, DataSpec, Prepared, TrainError, TrainSpec, read_plan
 from .storage import Storage
 
@@ -90,7 +94,8 @@ def run(args: argparse.Namespace) -> None:
     )
     write_json(Path(spec.paths.prepared), prepared.to_dict())
     seconds = round(time.monotonic() - started, 2)
-    for line in summary(counts, index["num_rows"], spec.data):
+    sources = [SourceCounts(**found) for found in index["sources"]]
+    for line in (*source_lines(sources), *summary(counts, index["num_rows"], spec.data)):
         print(line, flush=True)
     print(f"prepared in {seconds} s: tokens {'found' if reused else 'written'} in {entry}", flush=True)
     event(
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         reused=reused,
         **prepared.to_dict(),
         counts=dataclasses.asdict(counts),
+        sources=index["sources"],
     )
 
 
@@ -174,12 +180,25 @@ def cache_key(data: DataSpec, model_dir: Path) -> str:
         len(data.held_out_files),
     ]
     digest = hashlib.sha256(json.dumps(settings, ensure_ascii=False).encode())
-    for file in (*data.files, *data.held_out_files):
-        read_head(Path(file.path))
-        digest.update(f"\0{file.format}\0".encode() + _file_digest(Path(file.path)))
+    for source in (*data.files, *data.held_out_files):
+        digest.update(f"\0{_source_settings(source)}\0".encode())
+        for path in source_files(source):
+            read_head(path)
+            digest.update(_file_digest(path))
     for path in tokenizer_files(model_dir):
         digest.update(f"\0{path.relative_to(model_dir)}\0".encode() + _file_digest(path))
     return digest.hexdigest()
+
+
+def _source_settings(source: DataFile) -> str:
+    """What decides how the bytes of a source become rows; not where they are."""
+    settings = dataclasses.asdict(dataclasses.replace(source, path="", kind="", subset="", split="", map=""))
+    suffixes = [inner_suffix(path) for path in source_files(source)]
+    code = ""
+    if source.map:
+        path, function = split_map(source.map)
+        code = f"{function} {_file_digest(path).hex()}" if path.is_file() else ""
+    return json.dumps([settings, suffixes, code], ensure_ascii=False, sort_keys=True)
 
 
 def _template_text(template: str) -> Any:
@@ -201,17 +220,44 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
 
     data = spec.data
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
-    writer, counts = TokenWriter(folder), Counts()
-    vocabulary = _vocabulary_size(model_dir)
-    _encode(data.files, data.max_rows, template, data, vocabulary, writer, counts)
-    num_own, held_out_counts = len(writer.lengths), Counts()
+    counts, held_out_counts, files = Counts(), Counts(), {}
+    encoder = _Encoder(template, data, _vocabulary_size(model_dir), TokenWriter(folder), files)
+    encoder.encode(data.files, data.max_rows, counts)
+    writer, num_own = encoder.writer, len(encoder.writer.lengths)
     if data.held_out_files:
-        _encode(data.held_out_files, 0, template, data, vocabulary, writer, held_out_counts)
-    digests = np.frombuffer(b"".join(writer.digests), ">u8")
+        encoder.encode(data.held_out_files, 0, held_out_counts)
+    digests = np.frombuffer(writer.digests, ">u8")
     is_held_out = np.arange(len(digests)) >= num_own
     if data.held_out and num_own:
         is_held_out = held_out_documents(digests, data.held_out)
-    _count(counts, writer, digests, is_held_out)
+    sources = np.asarray(encoder.source_of_document, np.int64)
+    weights = [source.weight for source in data.files]
+    trained = drawn(digests, np.where(is_held_out, -1, sources), weights)
+    held_out = np.flatnonzero(is_held_out)
+    _count(counts, writer, digests, trained, held_out)
+    _require_documents(data, counts, held_out_counts)
+    lengths = np.asarray(writer.lengths, np.int64)
+    parts = [(which, *pack_documents(lengths[which], data.max_length, data.packing)) for which in (trained, held_out)]
+    (_, offsets, _), (_, held_out_offsets, _) = parts
+    tokenizer = template.tokenizer
+    pads = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    per_source = SourceCounts.of(data.files, encoder.rows_of_source, sources, is_held_out, trained, lengths)
+    index: dict[str, Any] = {
+        "packing": data.packing,
+        "max_length": data.max_length,
+        "num_rows": len(offsets) - 1,
+        "num_held_out_rows": len(held_out_offsets) - 1,
+        "pad_token_id": next(pads),
+        "eos_token_id": -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+        "data_files": list(files),
+        "sources": [dataclasses.asdict(source) for source in per_source],
+        "counts": dataclasses.asdict(counts),
+    }
+    row_offsets = np.concatenate((offsets, offsets[-1] + held_out_offsets[1:]))
+    writer.finish(row_offsets, np.concatenate([which[documents] for which, _, documents in parts]), index)
+
+
+def _require_documents(data: DataSpec, counts: Counts, held_out_counts: Counts) -> None:
     if counts.documents == 0:
         raise _nothing_to_learn(counts, data, "the")
     if counts.held_out == 0 and data.held_out_files:
@@ -221,56 +267,56 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
             f"data.held_out {data.held_out:g}: nothing can be held out, since all {counts.documents} documents are equal",
             "Remove data.held_out, or give rows that differ.",
         )
-    lengths = np.asarray(writer.lengths, np.int64)
-    parts = [
-        (which, *pack_documents(lengths[which], data.max_length, data.packing))
-        for which in (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))
-    ]
-    (_, offsets, _), (_, held_out_offsets, _) = parts
-    tokenizer = template.tokenizer
-    pads = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    index: dict[str, Any] = {
-        "packing": data.packing,
-        "max_length": data.max_length,
-        "num_rows": len(offsets) - 1,
-        "num_held_out_rows": len(held_out_offsets) - 1,
-        "pad_token_id": next(pads),
-        "eos_token_id": -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
-        "data_files": [f.path for f in (*data.files, *data.held_out_files)],
-        "counts": dataclasses.asdict(counts),
-    }
-    row_offsets = np.concatenate((offsets, offsets[-1] + held_out_offsets[1:]))
-    writer.finish(row_offsets, np.concatenate([which[documents] for which, _, documents in parts]), index)
 
 
-def _encode(
-    files: tuple[DataFile, ...],
-    max_rows: int,
-    template: ChatTemplate,
-    data: DataSpec,
-    vocabulary: int,
-    writer: TokenWriter,
-    counts: Counts,
-) -> None:
-    """Rows of `files` -> tokens in `writer`. Raises TrainError for a row that cannot be read or encoded."""
-    numbers = {f.path: i for i, f in enumerate((*data.files, *data.held_out_files))}
-    checked = False
-    for rows in _chunks(read_rows(files, max_rows)):
-        documents = template.encode_rows(rows, data.system)
-        if not checked:
-            _check_identity(template, rows, documents, data.system)
-            checked = True
-        for row, document in zip(rows, documents, strict=True):
-            counts.rows += 1
-            kept = _fit(document, data, counts)
-            if kept is None:
-                continue
-            if max(kept.input_ids) >= vocabulary:
-                raise TrainError(
-                    f"{row.source}: token {max(kept.input_ids)} is beyond the model's {vocabulary} embeddings",
-                    "The tokenizer does not belong to this model: give a model folder with its own tokenizer.",
-                )
-            writer.add(kept.input_ids, kept.supervised, numbers[row.path], row.line)
+class _Encoder:
+    """Rows -> tokens in `writer`, and what became of them."""
+
+    def __init__(
+        self, template: ChatTemplate, data: DataSpec, vocabulary: int, writer: TokenWriter, files: dict[str, int]
+    ) -> None:
+        self.template, self.data, self.vocabulary, self.writer = template, data, vocabulary, writer
+        self.files = files
+        """Number of each file that rows came from, in the order of the first."""
+        self.source_of_document = array("q")
+        """Number of the source of each document; held-out files go on behind the others."""
+        self.rows_of_source: list[int] = [0] * (len(data.files) + len(data.held_out_files))
+
+    def encode(self, sources: tuple[DataFile, ...], max_rows: int, counts: Counts) -> None:
+        """Raises TrainError for a row that cannot be read or encoded."""
+        checked, first = False, 0 if sources is self.data.files else len(self.data.files)
+        for rows in _chunks(read_rows(sources, max_rows)):
+            documents = self._documents(rows)
+            if not checked:
+                _check_identity(self.template, rows, documents, self.data.system)
+                checked = True
+            counts.rows += len(rows)
+            for row, document in zip(rows, documents, strict=True):
+                self.rows_of_source[first + row.source_number] += 1
+                kept = _fit(document, self.data, counts)
+                if kept is not None:
+                    self._write(row, kept, first + row.source_number)
+
+    def _documents(self, rows: list[Row]) -> list[Document]:
+        if all(row.input_ids is None for row in rows):
+            return self.template.encode_rows(rows, self.data.system)
+        from .template import Document
+
+        made = iter(self.template.encode_rows([r for r in rows if r.input_ids is None], self.data.system))
+        return [next(made) if r.input_ids is None else Document(list(r.input_ids), list(r.supervised)) for r in rows]
+
+    def _write(self, row: Row, document: Document, source: int) -> None:
+        largest = max(document.input_ids)
+        if largest >= self.vocabulary:
+            hint = "The tokenizer does not belong to this model: give a model folder with its own tokenizer."
+            if row.input_ids is not None:
+                hint = "The tokens were made with another model's tokenizer: make them with this one's, or give text."
+            raise TrainError(
+                f"{row.source}: token {largest} is beyond the model's {self.vocabulary} embeddings", hint
+            )
+        number = self.files.setdefault(row.path, len(self.files))
+        self.writer.add(document.input_ids, document.supervised, number, row.line)
+        self.source_of_document.append(source)
 
 
 def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:
@@ -284,12 +330,15 @@ def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:
     return kind <= min(last, len(sizes) - 2)
 
 
-def _count(counts: Counts, writer: TokenWriter, digests: np.ndarray, is_held_out: np.ndarray) -> None:
+def _count(
+    counts: Counts, writer: TokenWriter, digests: np.ndarray, trained: np.ndarray, held_out: np.ndarray
+) -> None:
+    """`trained` (M,) and `held_out` (H,) are document numbers; a document that is drawn twice counts twice."""
     lengths, labels = (np.asarray(values, np.int64) for values in (writer.lengths, writer.labels))
-    counts.documents, counts.held_out = int((~is_held_out).sum()), int(is_held_out.sum())
-    counts.tokens, counts.supervised_tokens = int(lengths[~is_held_out].sum()), int(labels[~is_held_out].sum())
-    counts.held_out_supervised_tokens = int(labels[is_held_out].sum())
-    counts.held_out_but_seen = int(np.isin(digests[is_held_out], digests[~is_held_out]).sum())
+    counts.documents, counts.held_out = len(trained), len(held_out)
+    counts.tokens, counts.supervised_tokens = int(lengths[trained].sum()), int(labels[trained].sum())
+    counts.held_out_supervised_tokens = int(labels[held_out].sum())
+    counts.held_out_but_seen = int(np.isin(digests[held_out], digests[trained]).sum())
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -298,7 +347,8 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _check_identity(template: ChatTemplate, rows: list[Row], documents: list[Document], system: str | None) -> None:
-    report = template.check_identity(rows[:CHECKED_ROWS], documents[:CHECKED_ROWS], system)
+    pairs = [pair for pair in zip(rows, documents, strict=True) if pair[0].input_ids is None][:CHECKED_ROWS]
+    report = template.check_identity([row for row, _ in pairs], [document for _, document in pairs], system)
     if report.num_checked:
         print(
             f"training tokens equal chat tokens: prompts {report.num_checked} of {report.num_checked}, "
