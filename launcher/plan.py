@@ -18,7 +18,6 @@ from trainer.ds_config import deepspeed_config
 from trainer.spec import (
     SPEC_VERSION,
     CheckpointSpec,
-    DataFile,
     DataSpec,
     EvaluateSpec,
     MethodSpec,
@@ -47,6 +46,7 @@ from .plan_memory import (
     memory_warnings,
 )
 from .recipe import LoadedRecipe
+from .recipe_data import sources_of
 from .recipe_schema import Recipe
 from .run_dir import RunDir
 from .stages import PACKAGE_ROOT, jobs_of
@@ -150,6 +150,7 @@ def plan_run(
         *_host_reasons(options.nodes),
         *(Reason(name, text) for name, text in layout.reasons),
         *_step_reasons(spec),
+        *(Reason("data", line) for line in loaded.sources),
     ]
     hint = install_hint(selection.kind)
     refusals = (*layout.refusals, *compile_refusals(spec.optim.compile, layout.zero_stage, options.compiler, hint))
@@ -200,7 +201,7 @@ def _spec(
         ),
         method=_method(recipe),
         data=DataSpec(
-            files=tuple(DataFile(f.path, f.format) for f in recipe.data.files),
+            files=sources_of(recipe.data.files),
             system=recipe.data.system,
             template=recipe.data.template,
             max_length=recipe.data.max_length,
@@ -208,7 +209,7 @@ def _spec(
             too_long=recipe.data.too_long,
             max_rows=recipe.data.max_rows,
             held_out=recipe.data.held_out,
-            held_out_files=tuple(DataFile(f.path, f.format) for f in recipe.data.held_out_files),
+            held_out_files=sources_of(recipe.data.held_out_files),
             cache_dir=str(options.cache_dir),
         ),
         optim=_optim(recipe, layout, selection.kind, options.debug),

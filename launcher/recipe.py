@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from .errors import RecipeError
 from .recipe_checks import check_contradictions
+from .recipe_data import resolve_data, source_line, sources_of
 from .recipe_fields import fields, pattern
 from .recipe_layers import Findings, get, merge, overlay, shape, walk
 from .recipe_library import find, shipped_folder
@@ -33,6 +34,8 @@ class LoadedRecipe:
     """Dotted path ("train.epochs", "data.files.0.path", sections too) -> "file:line" or "--set"."""
     files: tuple[Path, ...]
     """The recipe itself, then what it extends, nearest first. Absolute."""
+    sources: tuple[str, ...] = ()
+    """What each source of rows is, and which format its first row has."""
     notes: tuple[str, ...] = ()
     """Values of an earlier layer that a later one made void (max_steps over epochs, another method ...)."""
 
@@ -58,13 +61,15 @@ def load_recipe(path: Path, sets: Sequence[str] = (), elsewhere: Sequence[Path] 
             tree = layer if tree is None else overlay(tree, layer, found)
     if tree is None or any(node is None for _, node in chain):
         raise RecipeError(found.problems)
-    tree = resolve_paths(tree, found, elsewhere)
+    tree = resolve_data(resolve_paths(tree, found, elsewhere), found, elsewhere)
     recipe = _validate(tree, chain[0][0], found)
     check_contradictions(tree, found)
     if recipe is None or found.problems:
         raise RecipeError(found.problems)
     origins = {path: node.key_at.origin for path, node in walk(tree)}
-    return LoadedRecipe(recipe, tree.plain(), origins, tuple(file for file, _ in chain), tuple(found.notes))
+    files, notes = tuple(file for file, _ in chain), tuple(found.notes)
+    sources = tuple(source_line(source, elsewhere) for source in sources_of(recipe.data.files))
+    return LoadedRecipe(recipe, tree.plain(), origins, files, sources, notes)
 
 
 def dump_recipe(loaded: LoadedRecipe) -> str:

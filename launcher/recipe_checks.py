@@ -17,6 +17,7 @@ def check_contradictions(tree: Node, found: Findings) -> None:
     _check_prompts(tree, found)
     _check_samples(tree, found)
     _check_held_out(tree, found)
+    _check_sources(tree, found)
 
 
 def _given(tree: Node, path: str, found: Findings) -> Node | None:
@@ -154,3 +155,30 @@ def _check_held_out(tree: Node, found: Findings) -> None:
         if path and path.value in own:
             message = f"{path.text} is trained on too ({own[path.value].at}): its loss would say nothing about new rows"
             found.add(path.at, message, "Hold out another file, or a share: held_out: 0.05")
+
+
+def _check_sources(tree: Node, found: Findings) -> None:
+    for key in ("files", "held_out_files"):
+        files = get(tree, f"data.{key}")
+        for i, item in enumerate(files.value if files and isinstance(files.value, list) else ()):
+            if isinstance(item.value, dict) and not found.is_bad(f"data.{key}.{i}"):
+                _check_source(key, item.value, found)
+
+
+def _check_source(key: str, source: dict[str, Node], found: Findings) -> None:
+    weight, columns, tags, format = (source.get(name) for name in ("weight", "columns", "tags", "format"))
+    if weight and key == "held_out_files":
+        message = "a weight has no meaning for held-out rows: each counts once"
+        found.add(weight.key_at, message, "Remove the line.")
+    named = [name for name, node in (("columns", columns), ("tags", tags)) if node]
+    if format and format.value in ("conversation", "ids", "text") and named:
+        message = f"{named[0]} has no meaning for format {format.value} ({format.at})"
+        found.add((columns or tags or format).key_at, message, f"Remove {named[0]}, or the format: rows then say it.")
+    if columns and isinstance(columns.value, dict):
+        asks = [name for name in ("prompt", "query", "messages") if name in columns.value]
+        if not asks:
+            message = "columns names neither prompt, query nor messages: rows would have nothing to say"
+            found.add(columns.key_at, message, "Write columns: {prompt: NAME, response: NAME}, or {messages: NAME}")
+        elif "messages" in asks and len(asks) > 1:
+            message = f"columns names both messages and {asks[0]}: a row is one or the other"
+            found.add(columns.value[asks[0]].key_at, message, "Remove one of the two.")

@@ -21,22 +21,17 @@ _SOURCES = (
 
 
 def resolve_paths(tree: Node, found: Findings, elsewhere: Sequence[Path] = ()) -> Node:
-    """`tree` with absolute data files, template file and local model; every missing one is a problem.
+    """`tree` with absolute template file and local model; every missing one is a problem.
 
     `elsewhere`: absolute folders of other machines. What a recipe names in them is taken as it is written.
     """
-    for path in ("model.source", "data.template", *data_file_paths(tree)):
+    for path in ("model.source", "data.template"):
         node = get(tree, path)
         if node is None or not isinstance(node.value, str) or not node.value:
             continue
         if lies_in(node.value.removeprefix("random:"), elsewhere):
             continue
-        if path == "model.source":
-            value = _resolve_model(node, found)
-        elif path == "data.template":
-            value = _resolve_template(node, found)
-        else:
-            value = _resolve_file(node, found, "data file")
+        value = _resolve_model(node, found) if path == "model.source" else _resolve_template(node, found)
         tree = _replaced(tree, path.split("."), value)
     return tree
 
@@ -73,9 +68,9 @@ def absolute(text: str, folder: Path) -> Path:
 def _resolve_file(node: Node, found: Findings, what: str) -> str:
     path = absolute(node.value, node.at.folder)
     if path.is_dir():
-        found.add(node.at, f"the {what} {node.value} is a folder", _files_hint(path))
+        found.add(node.at, f"the {what} {node.value} is a folder", "Name a file.")
     elif not path.is_file():
-        found.add(node.at, f"the {what} {node.value} does not exist", _near(path, node))
+        found.add(node.at, f"the {what} {node.value} does not exist", nearest(path, node))
     return str(path)
 
 
@@ -123,7 +118,7 @@ def _resolve_model(node: Node, found: Findings) -> str:
 def _resolve_model_folder(text: str, node: Node, found: Findings, needs: str) -> str:
     path = absolute(text, node.at.folder)
     if not path.exists():
-        found.add(node.at, f"the model folder {text} does not exist", f"{_near(path, node)}\n{_SOURCES}".strip())
+        found.add(node.at, f"the model folder {text} does not exist", f"{nearest(path, node)}\n{_SOURCES}".strip())
     elif not path.is_dir():
         found.add(node.at, f"the model {text} is a file", f"Name its folder, or a file that ends in .gguf. {_SOURCES}")
     elif not (path / "config.json").is_file():
@@ -141,7 +136,7 @@ def _folder_hint(folder: Path, needs: str) -> str:
     return f"It holds {inner[0]}, which has one." if inner else f"A model folder holds {needs}."
 
 
-def _near(path: Path, node: Node) -> str:
+def nearest(path: Path, node: Node) -> str:
     """What exists instead: a similar name, or where the path breaks off."""
     lines = []
     here = path
@@ -157,8 +152,3 @@ def _near(path: Path, node: Node) -> str:
         relative = os.path.relpath(absolute(node.value, Path.cwd()), node.at.folder)
         lines.append(f"Paths in a recipe start at the recipe's own folder; from there it is {relative}")
     return "\n".join(lines) or f"Looked for {path}"
-
-
-def _files_hint(folder: Path) -> str:
-    files = sorted(p.name for p in folder.iterdir() if p.suffix in (".json", ".jsonl"))[:5]
-    return f"Name files in it: {', '.join(files)}" if files else "Name a json or jsonl file."

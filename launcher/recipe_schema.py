@@ -9,18 +9,21 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SPLIT, MAP = r"^[\w.-]+$", r"^.+\.py:[A-Za-z_]\w*$"
 FILE_NAME, VARIABLE, FULL_PATH = r"^[^/\\\s]+$", r"^[A-Z][A-Z0-9_]*$", r"^(/|~/).+$"
 STORAGE_URL = r"^((s3|gs|az|abfs|oss)://[^/@:\s]+(/[^:\s]*)?|file:///[^:]+)$"
 PATTERNS = {
     FILE_NAME: "a text without spaces or slashes",
     VARIABLE: "the name of an environment variable, in capitals",
     FULL_PATH: "a path that starts with / or ~/",
+    SPLIT: "the name of a split, without brackets",
+    MAP: "a Python file and a function in it: ./my_rows.py:function",
     STORAGE_URL: "a URL: s3://BUCKET/FOLDER, gs://..., az://..., abfs://..., oss://... or file:///FOLDER",
 }
 """What each pattern of a text means, for errors and the reference."""
 Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["bf16", "fp16", "fp32"]
-Format = Literal["auto", "conversation", "alpaca", "messages", "sharegpt", "text"]
+Format = Literal["auto", "conversation", "alpaca", "messages", "sharegpt", "pair", "text", "ids"]
 
 
 class Section(BaseModel):
@@ -59,20 +62,70 @@ class Method(Section):
     """Quantise the quantisation constants too (qlora)."""
 
 
+class Columns(Section):
+    """Names that rows have for their parts, where they are not those of a known format (LLaMA-Factory's `columns`). Other keys of a row are then not read."""
+
+    prompt: str | None = Field(default=None)
+    """The question."""
+    query: str | None = Field(default=None)
+    """More of the question: it follows on a line of its own."""
+    response: str | None = Field(default=None)
+    """The answer. Without it, and without messages, rows are plain text: the prompt."""
+    history: str | None = Field(default=None)
+    """Earlier turns: [[question, answer], ...]."""
+    messages: str | None = Field(default=None)
+    """The list of turns, in place of prompt and response."""
+    system: str | None = Field(default=None)
+    """The system prompt."""
+    tools: str | None = Field(default=None)
+    """Definitions of tools."""
+
+
+class Tags(Section):
+    """Names inside the turns of `sharegpt` rows, where they differ (LLaMA-Factory's `tags`)."""
+
+    role_tag: str | None = Field(default=None)
+    """Key of who speaks. Default: from, or role."""
+    content_tag: str | None = Field(default=None)
+    """Key of the text. Default: value, or content."""
+    user_tag: str | None = Field(default=None)
+    """The user's role. Default: human, or user."""
+    assistant_tag: str | None = Field(default=None)
+    """The model's role. Default: gpt, or assistant."""
+    observation_tag: str | None = Field(default=None)
+    """Role of a tool's result. Default: observation, or tool."""
+    function_tag: str | None = Field(default=None)
+    """Role of a call of a tool, as JSON text. Default: function_call."""
+    system_tag: str | None = Field(default=None)
+    """Role of the system prompt. Default: system."""
+
+
 class DataFile(Section):
-    """One data file. Short form: its path."""
+    """One source of rows. Short form: its path."""
 
     path: str = Field(min_length=1)
-    """json or jsonl, UTF-8; relative to the recipe file."""
+    """A file (json, jsonl, csv or tsv, also .gz or .zst; parquet; Arrow), a folder of such files or of save_to_disk, a pattern (rows/*.jsonl), all relative to the recipe file; a dataset of the Hub (ORG/NAME, ORG/NAME:SUBSET, ORG/NAME#1000 for its first 1000 rows) or of ModelScope (modelscope:ORG/NAME); or a name in data.dataset_info."""
     format: Format = "auto"
     """Row format; auto looks at the keys of the rows."""
+    weight: float = Field(default=1.0, gt=0)
+    """How many times each of its rows is trained on in one epoch: 0.5 takes half of the rows, 2.5 each twice and half of them a third time. Which half is decided by what rows say, and is the same in every epoch."""
+    max_rows: int = Field(default=0, ge=0)
+    """Read only its first N rows; 0 reads all."""
+    split: str = Field(default="train", pattern=SPLIT)
+    """Split of a dataset of a hub, or of a folder of save_to_disk."""
+    columns: Columns = Columns()
+    tags: Tags = Tags()
+    map: str | None = Field(default=None, pattern=MAP)
+    """For anything else: ./my_rows.py:function takes a row and returns a row of a known format, a list of such rows, or None. The file is run; the path is relative to the recipe file."""
 
 
 class Data(Section):
     """What it learns from. Short form: `data: my.jsonl` or a list of files."""
 
     files: list[DataFile] = Field(min_length=1)
-    """Data files, read in this order."""
+    """Sources of rows, read in this order."""
+    dataset_info: str | None = Field(default=None, min_length=1)
+    """A dataset_info.json of LLaMA-Factory, or its folder, relative to the recipe file: names of its datasets may then stand as paths."""
     system: str | None = Field(default=None)
     """System prompt for rows that bring none. Default: the chat template's own behaviour."""
     template: str = "model"
@@ -84,7 +137,7 @@ class Data(Section):
     too_long: Literal["drop", "truncate"] = "truncate"
     """What to do with a document over max_length: leave it out, or cut its end. Both are counted."""
     max_rows: int = Field(default=0, ge=0)
-    """Read only the first N rows; 0 reads all."""
+    """Read only the first N rows of all sources together; 0 reads all."""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """Share of the rows that is not trained on, and whose loss is taken while training goes on; equal rows stay together."""
     held_out_files: list[DataFile] = []

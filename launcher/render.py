@@ -23,7 +23,6 @@ def plan_page(plan: Plan) -> str:
     lines += _rows("devices", _devices(plan))
     for reason in plan.reasons:
         lines += _rows(reason.name, [reason.text])
-    lines += _rows("data", [f"{f.path} ({f.format})" for f in spec.data.files])
     lines += _rows("rows", [_data_line(plan)])
     if plan.memory is not None:
         lines += _rows("memory", _memory(plan.memory))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.data_paths import data_files, is_pattern
+
 from .errors import LaunchError, Problem, RecipeError
 from .recipe import LoadedRecipe, dump_recipe
 from .recipe_paths import lies_in
@@ -72,7 +74,10 @@ def collect(loaded: LoadedRecipe, shared: Sequence[Path]) -> list[Item]:
     for key in ("files", "held_out_files"):
         rows = [dict(row) for row in data.get(key, ())]
         for i, row in enumerate(rows):
-            row["path"] = _sent(loaded, f"data.{key}.{i}.path", row["path"], shared, files, problems)
+            row["path"] = _sent_source(loaded, f"data.{key}.{i}", row, shared, files, problems)
+            if "map" in row:
+                code, _, function = row["map"].rpartition(":")
+                row["map"] = f"{_sent(loaded, f'data.{key}.{i}.map', code, shared, files, problems)}:{function}"
         if rows:
             data[key] = rows
     if data.get("template", "model") != "model":
@@ -84,6 +89,30 @@ def collect(loaded: LoadedRecipe, shared: Sequence[Path]) -> list[Item]:
     recipe = dump_recipe(dataclasses.replace(loaded, values={**loaded.values, "data": data, "model": model}))
     items = [Item(name, path, path.stat().st_size) for name, path in files.items()]
     return [Item(f"{loaded.name}.yaml", None, len(recipe.encode()), recipe), *items]
+
+
+def _sent_source(
+    loaded: LoadedRecipe,
+    key: str,
+    source: dict[str, Any],
+    shared: Sequence[Path],
+    files: dict[str, Path],
+    problems: list[Problem],
+) -> str:
+    """The path of a source to write into the recipe. A folder, or what a pattern matches, goes as a folder; a hub's id stays."""
+    path: str = source["path"]
+    if not os.path.isabs(path) or lies_in(path, shared):
+        return path
+    if not (Path(path).is_dir() or is_pattern(path)):
+        return _sent(loaded, f"{key}.path", path, shared, files, problems)
+    number = len(files) + 1
+    found = data_files(path, source.get("split", "train"))
+    beside = [p for p in (Path(path) / "state.json",) if p.is_file()]
+    for n, file in enumerate((*found, *beside)):
+        _refuse_private(loaded, f"{key}.path", file, problems)
+        # Patterns may find files of one name in several folders; their order is that of the numbers.
+        files[f"data/rows_{number}/{file.name if beside else f'{n:05d}_{file.name}'}"] = file
+    return f"data/rows_{number}"
 
 
 def _sent(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cluster.inventory import Selection, cpu_selection, select
 from cluster.job import Meeting, RayRequest
@@ -148,9 +147,10 @@ def meeting_of(recipe: Recipe) -> Meeting:
 
 
 def _data_files(recipe: Recipe) -> list[str]:
-    files: list[Any] = [*recipe.data.files, *recipe.data.held_out_files]
+    from .recipe_data import local_files
+
     template = [] if recipe.data.template == "model" else [recipe.data.template]
-    return [*(file.path for file in files), *template]
+    return [*local_files(recipe.data), *template]
 
 
 def _model_files(source: SourceRef) -> list[str]:

@@ -81,8 +81,8 @@ class TokenWriter:
             "row_offsets": row_offsets,
             "row_documents": row_documents,
         }
-        for name, array in arrays.items():
-            np.save(self.folder / f"{name}.npy", array, allow_pickle=False)
+        for name, values in arrays.items():
+            np.save(self.folder / f"{name}.npy", values, allow_pickle=False)
         files = {p.name: _fingerprint(p) for p in sorted(self.folder.iterdir())}
         write_json(self.folder / INDEX, {"version": CACHE_VERSION, **index, "files": files})
 

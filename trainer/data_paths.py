@@ -74,6 +74,8 @@ def _nearest_folder(pattern: str) -> str:
 
 
 def _files_below(folder: Path) -> list[Path]:
+    if (folder / "config.json").is_file():
+        raise TrainError(f"the folder {folder} holds a model, by its config.json", "Name a folder of data files.")
     inside = (p for p in sorted(folder.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(folder).parts))
     found = [p for p in inside if inner_suffix(p) in _SUFFIXES and p.name not in NOT_ROWS and p.is_file()]
     if not found:

@@ -45,7 +45,9 @@ def _no_network(name: str) -> TrainError:
             f"the dataset {name} is not in the local cache, and HF_HUB_OFFLINE forbids a download",
             f"Unset HF_HUB_OFFLINE, or fetch it on a machine with network and copy the cache. {OTHER_SOURCES}",
         )
-    return TrainError(f"the Hub cannot be reached for the dataset {name}", f"Check the network. {OTHER_SOURCES}", EXIT_RETRY)
+    return TrainError(
+        f"the Hub cannot be reached for the dataset {name}", f"Check the network. {OTHER_SOURCES}", EXIT_RETRY
+    )
 
 
 def _modelscope_folder(name: str) -> str:
@@ -65,5 +67,13 @@ def _modelscope_folder(name: str) -> str:
             f"ModelScope does not give out the dataset {name}: {e}",
             "Check the spelling of its id; a private dataset needs `modelscope login`.",
         ) from e
-    except (errors.RequestError, errors.FileDownloadError, errors.FileIntegrityError, ConnectionError, TimeoutError) as e:
-        raise TrainError(f"the dataset {name} could not be downloaded from ModelScope: {e}", "Try again later.", EXIT_RETRY) from e
+    except (
+        errors.RequestError,
+        errors.FileDownloadError,
+        errors.FileIntegrityError,
+        ConnectionError,
+        TimeoutError,
+    ) as e:
+        raise TrainError(
+            f"the dataset {name} could not be downloaded from ModelScope: {e}", "Try again later.", EXIT_RETRY
+        ) from e

@@ -222,10 +222,10 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
     counts, held_out_counts, files = Counts(), Counts(), {}
     encoder = _Encoder(template, data, _vocabulary_size(model_dir), TokenWriter(folder), files)
-    encoder.encode(data.files, data.max_rows, counts)
+    encoder.encode(data.files, 0, data.max_rows, counts)
     writer, num_own = encoder.writer, len(encoder.writer.lengths)
     if data.held_out_files:
-        encoder.encode(data.held_out_files, 0, held_out_counts)
+        encoder.encode(data.held_out_files, len(data.files), 0, held_out_counts)
     digests = np.frombuffer(writer.digests, ">u8")
     is_held_out = np.arange(len(digests)) >= num_own
     if data.held_out and num_own:
@@ -282,9 +282,9 @@ class _Encoder:
         """Number of the source of each document; held-out files go on behind the others."""
         self.rows_of_source: list[int] = [0] * (len(data.files) + len(data.held_out_files))
 
-    def encode(self, sources: tuple[DataFile, ...], max_rows: int, counts: Counts) -> None:
-        """Raises TrainError for a row that cannot be read or encoded."""
-        checked, first = False, 0 if sources is self.data.files else len(self.data.files)
+    def encode(self, sources: tuple[DataFile, ...], first: int, max_rows: int, counts: Counts) -> None:
+        """`first`: number of the first of these sources. Raises TrainError for a row that cannot be read or encoded."""
+        checked = False
         for rows in _chunks(read_rows(sources, max_rows)):
             documents = self._documents(rows)
             if not checked:
@@ -311,9 +311,7 @@ class _Encoder:
             hint = "The tokenizer does not belong to this model: give a model folder with its own tokenizer."
             if row.input_ids is not None:
                 hint = "The tokens were made with another model's tokenizer: make them with this one's, or give text."
-            raise TrainError(
-                f"{row.source}: token {largest} is beyond the model's {self.vocabulary} embeddings", hint
-            )
+            raise TrainError(f"{row.source}: token {largest} is beyond the model's {self.vocabulary} embeddings", hint)
         number = self.files.setdefault(row.path, len(self.files))
         self.writer.add(document.input_ids, document.supervised, number, row.line)
         self.source_of_document.append(source)
@@ -330,9 +328,7 @@ def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:
     return kind <= min(last, len(sizes) - 2)
 
 
-def _count(
-    counts: Counts, writer: TokenWriter, digests: np.ndarray, trained: np.ndarray, held_out: np.ndarray
-) -> None:
+def _count(counts: Counts, writer: TokenWriter, digests: np.ndarray, trained: np.ndarray, held_out: np.ndarray) -> None:
     """`trained` (M,) and `held_out` (H,) are document numbers; a document that is drawn twice counts twice."""
     lengths, labels = (np.asarray(values, np.int64) for values in (writer.lengths, writer.labels))
     counts.documents, counts.held_out = len(trained), len(held_out)

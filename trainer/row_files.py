@@ -23,7 +23,13 @@ TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 PACKED_SUFFIXES = (".gz", ".zst")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 BOM_UTF8, BOMS_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
-GZIP, ZSTD, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+GZIP, ZSTD, PARQUET, ARROW_FILE, ARROW_STREAM = (
+    b"\x1f\x8b",
+    b"\x28\xb5\x2f\xfd",
+    b"PAR1",
+    b"ARROW1",
+    b"\xff\xff\xff\xff",
+)
 """How these files begin."""
 BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"7z\xbc\xaf", b"%PDF", b"BZh", b"\xfd7zXZ", b"SQLite format 3")
 ONE_ROW_PER_LINE = "A .jsonl file holds one JSON value per line; a .json file holds one array: [row, row, ...]."
@@ -159,7 +165,12 @@ def _csv_values(path: Path, f: IO[bytes]) -> Iterator[tuple[int, Any]]:
         except UnicodeDecodeError:
             raise _encoding_error(path, line) from None
         except csv.Error as e:
-            yield line, RowError(f"not valid CSV: {e}", "Quote a field that holds commas, quotes or line ends; double its quotes.")
+            yield (
+                line,
+                RowError(
+                    f"not valid CSV: {e}", "Quote a field that holds commas, quotes or line ends; double its quotes."
+                ),
+            )
             return
         if not fields:
             continue
@@ -220,7 +231,9 @@ def _array_values(path: Path, f: IO[bytes]) -> Iterator[tuple[int, Any]]:
             if start < 0:
                 break
             value, after = decode(text, start)
-            if after >= len(text):
+            # A number may go on: -2.5 and e-7.
+            needed = NEAR_END if isinstance(value, int | float) else 1
+            if after > len(text) - needed and not window.at_end:
                 raise json.JSONDecodeError("Expecting ',' or ']' between rows", text, after)
         except json.JSONDecodeError as e:
             unfinished = e.pos >= len(text) - NEAR_END or e.msg.startswith("Unterminated string")

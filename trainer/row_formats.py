@@ -251,16 +251,16 @@ def _parse_ids(row: Any, _: RowNames) -> Parsed:
             f"`input_ids` has {len(ids)} items, `labels` {len(labels)}, `attention_mask` {len(mask)}",
             "All have one item for each token; labels are not shifted.",
         )
-    wrong = next((i for i, (token, label) in enumerate(zip(ids, labels, strict=True)) if label not in (token, -100)), None)
+    wrong = next(
+        (i for i, (token, label) in enumerate(zip(ids, labels, strict=True)) if label not in (token, -100)), None
+    )
     if wrong is not None:
         raise RowError(
             f"label {wrong + 1} is {labels[wrong]}, the token there {ids[wrong]}",
             "A label is its own token (labels are not shifted), or -100 where nothing is learnt.",
         )
     kept = [i for i, real in enumerate(mask) if real]  # the rest is padding
-    return Parsed(
-        input_ids=tuple(ids[i] for i in kept), supervised=tuple(int(labels[i] != -100) for i in kept)
-    )
+    return Parsed(input_ids=tuple(ids[i] for i in kept), supervised=tuple(int(labels[i] != -100) for i in kept))
 
 
 def _integers(value: Any, what: str, least: int = 0) -> list[int]:

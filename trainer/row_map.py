@@ -41,7 +41,9 @@ def load_map(text: str) -> Callable[[Any], list[Any]]:
         raise TrainError(f"map: {path} cannot be loaded: {_told(e, path)}", HINT) from e
     function = getattr(module, name, None)
     if not callable(function):
-        functions = sorted(n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name)
+        functions = sorted(
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name
+        )
         raise TrainError(f"map: {path} has no function `{name}`", f"It has: {', '.join(functions) or 'none'}. {HINT}")
 
     def rows_of(row: Any) -> list[Any]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .data_paths import data_files
-from .row_files import read_values
+from .row_files import TABLE_SUFFIXES, inner_suffix, read_values
 from .row_formats import FORMATS, REFUSED_KEYS, Parsed, detect, matching, refuse_foreign
 from .row_values import SHAPES, Message, RowError, describe, field
 from .spec import DataFile, RowNames, TrainError
 
-__all__ = ["Message", "Row", "read_rows", "source_files"]
+__all__ = ["Message", "Row", "peek", "read_rows", "source_files"]
 
 MAX_PROBLEMS = 20
 
@@ -93,6 +93,24 @@ def source_files(source: DataFile) -> tuple[Path, ...]:
 
         return tuple(fetch(source))
     return tuple(data_files(source.path, source.split))
+
+
+def peek(source: DataFile, path: Path) -> str:
+    """Format of a file of the source by its first row; "" where only reading it all the way can tell (tables, zstd, maps).
+
+    Standard library only. Raises TrainError.
+    """
+    if source.map or inner_suffix(path) in TABLE_SUFFIXES or path.suffix.lower() == ".zst":
+        return ""
+    parser = _RowParser(source)
+    line, value = next(read_values(path))
+    try:
+        if isinstance(value, RowError):
+            raise value
+        parser.parse(value)
+    except RowError as e:
+        raise TrainError(f"{path}:{line}: {e.message}", e.hint) from None
+    return parser.format
 
 
 class _SourceReader:
@@ -197,7 +215,9 @@ def _asked(row: dict[str, Any], names: RowNames) -> Any:
     """LLaMA-Factory's question: prompt and query, with a line end between them where there are both."""
     parts = [field(row, name, "the row") for name in (names.prompt, names.query) if name]
     if not parts:
-        raise RowError("`columns` names neither prompt, query nor messages", "Write columns: {prompt: NAME, response: NAME}")
+        raise RowError(
+            "`columns` names neither prompt, query nor messages", "Write columns: {prompt: NAME, response: NAME}"
+        )
     return parts[0] if len(parts) == 1 else "\n".join(str(part) for part in parts if part)
 
 

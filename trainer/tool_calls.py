@@ -13,7 +13,9 @@ from typing import Any
 
 from .row_values import RowError, json_object, kind_of, text_of
 
-TOOLS_HINT = 'Write tools as [{"name": "...", "description": "...", "parameters": {...}}], or as that list\'s JSON text.'
+TOOLS_HINT = (
+    'Write tools as [{"name": "...", "description": "...", "parameters": {...}}], or as that list\'s JSON text.'
+)
 CALL_HINT = 'A call is {"name": "...", "arguments": {...}}.'
 
 
@@ -60,7 +62,10 @@ def _call(item: Any, what: str) -> dict[str, Any]:
         arguments = _from_json(arguments or "{}", f"`arguments` of a tool call of {what}", CALL_HINT)
     if arguments is None:
         arguments = {}
-    return {"type": "function", "function": {"name": name, "arguments": json_object(arguments, f"`arguments` of {name}")}}
+    return {
+        "type": "function",
+        "function": {"name": name, "arguments": json_object(arguments, f"`arguments` of {name}")},
+    }
 
 
 def _from_json(text: str, what: str, hint: str) -> Any:

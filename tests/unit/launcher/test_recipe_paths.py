@@ -40,14 +40,22 @@ def load(model: str = "a/b", data: str = "rows.jsonl", extra: str = "") -> tuple
             "the data file nowhere/at/all.jsonl does not exist",
             "There is no folder recipes/nowhere.",
         ),
-        ("base", "the data file base is a folder", "Name files in it: config.json, tokenizer.json"),
+        ("./base", "the folder {here}/base holds a model, by its config.json", "Name a folder of data files."),
+        ("'*.parquet'", "no file matches {here}/*.parquet", "{here} holds base/, empty/, m.gguf, r.yaml, rows.jsonl"),
+        ("./empty", "the folder {here}/empty holds no data files", "jsonl"),
+        ("https://huggingface.co/datasets/a/b", "is a web address", "Write a/b"),
+        ("base/alpaca", "the data file base/alpaca does not exist", "hub:base/alpaca"),
         ("recipes/rows.jsonl", "the data file recipes/rows.jsonl does not exist", "from there it is rows.jsonl"),
         ("zzzzzz", "the data file zzzzzz does not exist", "Looked for "),
     ],
 )
-def test_missing_data_files(data: str, message: str, hint: str) -> None:
+def test_missing_data_files(folder: Path, data: str, message: str, hint: str) -> None:
+    (folder / "recipes" / "empty").mkdir()
     _, problems = load(data=data)
-    assert [(p.where, p.message) for p in problems] == [("recipes/r.yaml:4:10", message)]
+    assert [p.where for p in problems] == ["recipes/r.yaml:4:10"]
+    here = folder / "recipes"
+    assert message.format(here=here) in problems[0].message
+    hint = hint.format(here=here)
     assert hint in problems[0].hint
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.rows import Message, read_rows
-from trainer.spec import DataFile, TrainError
+from trainer.row_values import Message
+from trainer.rows import read_rows, source_files
+from trainer.spec import DataFile, RowNames, TrainError
 
 DATA = Path(__file__).parents[3] / "recipes" / "data"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -112,6 +113,130 @@ def test_sharegpt(tmp_path, turns):
     assert pairs(one(tmp_path, row)) == [("system", "S"), ("user", "a"), ("assistant", "b")]
 
 
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [("prompt", "response"), ("query", "completion"), ("question", "answer"), ("input", "output")],
+)
+def test_pairs_under_their_usual_names(tmp_path, asked, answered):
+    row = {"system": "S", "history": [["a", "b"]], asked: "c", answered: "d", "source": "web"}
+    expected = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    assert pairs(one(tmp_path, row)) == expected
+
+
+def test_pairs_of_message_lists(tmp_path):
+    row = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]}
+    row["completion"] = [{"role": "assistant", "content": "b"}]
+    assert pairs(one(tmp_path, row)) == [("system", "S"), ("user", "a"), ("assistant", "b")]
+
+
+def test_tokens(tmp_path):
+    row = {"input_ids": [5, 6, 7, 8, 0], "labels": [-100, -100, 7, 8, -100], "attention_mask": [1, 1, 1, 1, 0]}
+    found = one(tmp_path, row)
+    assert (found.input_ids, found.supervised) == ((5, 6, 7, 8), (0, 0, 1, 1))
+    assert one(tmp_path, {"input_ids": [5, 6]}).supervised == (1, 1)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}
+TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "tools": [{"type": "function", "function": TOOL}],
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": None, "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+                ]},
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+                {"role": "assistant", "content": "b"},
+            ],
+        },
+        {
+            "tools": json.dumps([TOOL]),
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "北京"}}'},
+                {"from": "observation", "value": "sunny"},
+                {"from": "gpt", "value": "b"},
+            ],
+        },
+    ],
+)  # fmt: skip
+def test_tool_calls_of_openai_and_sharegpt_are_the_same(tmp_path, row):
+    found = one(tmp_path, row)
+    assert found.messages == (
+        Message("user", "a"),
+        Message("assistant", "", None, (CALL,)),
+        Message("tool", "sunny"),
+        Message("assistant", "b"),
+    )
+    assert found.tools == ({"type": "function", "function": TOOL},)
+
+
+@pytest.mark.parametrize("key", ["loss", "weight"])
+def test_per_message_switches(tmp_path, key):
+    row = {"messages": [
+        {"role": "user", "content": "a", "loss": False}, {"role": "assistant", "content": "b", key: 0},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", key: 1},
+    ]}  # fmt: skip
+    assert [m.supervised for m in one(tmp_path, row).messages] == [None, False, None, True]
+
+
+def test_a_system_prompt_of_a_later_turn(tmp_path):
+    turns = [{"system": "S", "input": "a", "output": "b"}, {"system": "T", "input": "c", "output": "d"}]
+    expected = [("system", "S"), ("user", "a"), ("assistant", "b"), ("system", "T"), ("user", "c"), ("assistant", "d")]
+    assert pairs(one(tmp_path, {"conversation": turns})) == expected
+    messages = [{"role": r, "content": c} for r, c in expected]
+    assert pairs(one(tmp_path, {"messages": messages})) == expected
+
+
+def test_columns_and_tags(tmp_path, capsys):
+    def named(row, **names):
+        source = DataFile(str(jsonl(tmp_path / "d.jsonl", row)), "auto", names=RowNames(**names))
+        (found,) = read_rows((source,), 0)
+        return found
+
+    row = {"q": "a", "more": "b", "a": "c", "sys": "S", "id": 7, "system": "not this"}
+    found = named(row, prompt="q", query="more", response="a", system="sys")
+    assert pairs(found) == [("system", "S"), ("user", "a\nb"), ("assistant", "c")]
+    out = capsys.readouterr().out
+    assert "`alpaca` (columns and its first row say so); keys that are not read: id, system" in out
+    assert named({"body": "从前"}, prompt="body").text == "从前"
+    assert pairs(named({"chat": CHAT["messages"]}, messages="chat")) == [("user", "Hi"), ("assistant", "Hello")]
+    turns = [{"who": "Q", "says": "a"}, {"who": "A", "says": "b"}]
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "Q", "assistant_tag": "A"}
+    assert pairs(named({"dialog": turns}, messages="dialog", **tags)) == [("user", "a"), ("assistant", "b")]
+    with pytest.raises(TrainError, match=r"d\.jsonl:1: the row has no `answer`, but the keys q"):
+        named({"q": "a"}, prompt="q", response="answer")
+
+
+def test_every_source_has_its_own_limit(tmp_path):
+    a = jsonl(tmp_path / "a.jsonl", {"text": "1"}, {"text": "2"}, {"text": "3"})
+    b = jsonl(tmp_path / "b.jsonl", CHAT, CHAT)
+    sources = (DataFile(str(a), "auto", max_rows=2), DataFile(str(b), "auto"))
+    assert [(r.source_number, r.line) for r in read_rows(sources, 0)] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [(r.source_number, r.line) for r in read_rows(sources, 3)] == [(0, 1), (0, 2), (1, 1)]
+
+
+def test_a_folder_and_a_pattern_are_one_source(tmp_path, capsys):
+    (tmp_path / "rows" / "deep").mkdir(parents=True)
+    (tmp_path / "rows" / "README.md").write_text("no rows", encoding="utf-8")
+    (tmp_path / "rows" / "dataset_info.json").write_text("{}", encoding="utf-8")
+    for name, text in (("b.jsonl", "2"), ("a.jsonl", "1"), ("deep/c.jsonl", "3")):
+        jsonl(tmp_path / "rows" / name, {"text": text})
+    assert [r.text for r in read(tmp_path / "rows")] == ["1", "2", "3"]
+    assert capsys.readouterr().out.count("rows are read as") == 1
+    assert [r.text for r in read(tmp_path / "rows" / "[ab].jsonl")] == ["1", "2"]
+    assert [r.text for r in read(tmp_path / "rows" / "**" / "*.jsonl", max_rows=2)] == ["1", "2"]
+    jsonl(tmp_path / "rows" / "test.jsonl", {"text": "4"})
+    source_files.cache_clear()
+    with pytest.raises(TrainError, match=r"several splits: test\.jsonl is not for training"):
+        read(tmp_path / "rows")
+
+
 def test_plain_text(tmp_path):
     assert one(tmp_path, {"text": "Once upon a time", "meta": {}}).text == "Once upon a time"
 
@@ -192,8 +317,12 @@ def test_latin1_is_not_called_gbk(tmp_path):
         (b"", "is empty"),
         (b"\n \n", "is empty"),
         (b"[]", "holds no rows"),
-        (b"PAR1\x15\x04", "binary file"),
-        (b"\x1f\x8b\x08", "binary file"),
+        (b"PAR1\x15\x04", "is damaged"),
+        (b"ARROW1\0\0\1\2", "is damaged"),
+        (b"\xff\xff\xff\xff\1\2", "is damaged"),
+        (b"\x1f\x8b\x08", "is damaged"),
+        (b"\x28\xb5\x2f\xfd\1", "is damaged"),
+        (b"PK\x03\x04abc", "binary file"),
     ],
 )
 def test_files_without_rows(tmp_path, content, expected):
@@ -219,7 +348,14 @@ def test_a_malformed_line_is_named_with_its_column(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [('[\n{"text": "a"},\n{"text": }\n]', 3), ('[{"text": "a"}\n{"text": "b"}]', 2), ('[{"text": "a"},\n', 2)],
+    [
+        ('[\n{"text": "a"},\n{"text": }\n]', 3),
+        ('[{"text": "a"}\n{"text": "b"}]', 2),
+        ('[{"text": "a"},\n', 2),
+        ('[{"text": "a"}]\n\n[{"text": "b"}]', 3),
+        ('[{"text": "a"},\n{"text": "b', 2),
+        ('[{"text": "a"},\n]', 2),
+    ],
 )
 def test_a_malformed_array_is_named_with_its_line(tmp_path, text, line):
     path = tmp_path / "d.json"
@@ -230,10 +366,10 @@ def test_a_malformed_array_is_named_with_its_line(tmp_path, text, line):
 
 
 def test_unknown_shape_names_the_keys_and_all_formats(tmp_path):
-    message = error(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "c"})
-    assert "d.jsonl:1: the row has the keys prompt, completion, which is none of the known formats" in message
+    message = error(tmp_path, {"question": "a", "reply": "b"}, {"question": "c"})
+    assert "d.jsonl:1: the row has the keys question, reply, which is none of the known formats" in message
     assert message.count("d.jsonl:") == 1
-    for name in ("conversation", "alpaca", "messages", "sharegpt", "text"):
+    for name in ("conversation", "alpaca", "messages", "sharegpt", "pair", "text", "ids"):
         assert f"\n    {name} " in message
 
 
@@ -269,20 +405,56 @@ def turns(*roles):
         (turns("assistant", "user", "assistant"), "turn 1 is an assistant turn that is the first turn"),
         (turns("user", "assistant", "assistant"), "turn 3 is an assistant turn that follows a turn of `assistant`"),
         (turns("system", "assistant"), "turn 2 is an assistant turn that follows a turn of `system`"),
-        (turns("user", "system", "assistant"), "turn 2 is a system prompt"),
+        (turns("user", "system", "assistant"), "turn 2 is a system prompt that follows a turn of `user`"),
         (turns("user", "bot"), "turn 2 has the unknown role `bot`"),
-        (turns("user", "tool"), "turn 2 has the role `tool`: tool use"),
-        ({**CHAT, "tools": [{"name": "f"}]}, "the row has `tools`: tool use"),
+        (turns("user", "tool"), "turn 2 is the result of a tool, and the turn before it calls none"),
+        (turns("user", "assistant", "tool", "assistant"), "turn 3 is the result of a tool, and the turn before it"),
+        ({**CHAT, "tools": "[{"}, "`tools` is not valid JSON: Expecting property name"),
+        ({**CHAT, "tools": [{"description": "x"}]}, "item 1 of `tools` has no `name`"),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]},
+            "turn 1 of `user` has `tool_calls`",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]},
+            "`loss` or `weight` of turn 2 is 0.5",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "loss": True}]}, "turn 1 of `user` is to be learnt"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "reasoning_content": "c"},
+                ]
+            },
+            "turn 2 has its reasoning apart from `content`",
+        ),
+        (
+            {"conversation": [{"input": "a", "output": "b", "output_with_loss": "no"}]},
+            "`output_with_loss` of turn 1 is 'no'",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "`chosen` and `rejected`: ranking rows (DPO, KTO, reward models)",
+        ),
+        ({"instruction": "a", "output": "b", "images": ["x.png"]}, "the row has `images`"),
+        ({"prompt": "a", "question": "b", "answer": "c"}, "the row has both `prompt` and `question`"),
+        ({"prompt": "a", "response": "b", "answer": "c"}, "the row has both `response` and `answer`"),
+        ({"prompt": "", "response": "b"}, "`prompt` is empty"),
+        ({"input_ids": [1, "2"]}, "`input_ids` holds something else than whole numbers"),
+        ({"input_ids": [1, True]}, "`input_ids` holds something else than whole numbers"),
+        ({"input_ids": [1, 2], "labels": [2]}, "`input_ids` has 2 items, `labels` 1, `attention_mask` 2"),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 3, -100]}, "label 2 is 3, the token there 2"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content part of type `image_url`"),
         ({"conversation": [{"input": "", "output": "a"}, {"input": "b", "output": "c"}]}, "`input` of turn 1 is empty"),
         ({"conversation": [{"input": "a"}]}, "turn 1 has no `output`, but the keys input"),
         (
-            {"conversation": [{"input": "a", "output": "b"}, {"system": "S", "input": "a", "output": "b"}]},
-            "turn 2 has a system",
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
+            "the call of turn 2 is not valid JSON: Expecting value at character 1",
         ),
         (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
-            "has the role `function_call`",
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": 1}'}]},
+            "the name of a tool call of turn 2 is a number",
         ),
         ({"conversations": [{"from": "human", "text": "a"}]}, "turn 1 has no `value`"),
     ],
