@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import shutil
 import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import CACHE_VERSION, INDEX, TokenWriter, damage
+from .cache_key import cache_key
+from .data import INDEX, TokenWriter, damage
 from .disk import new_folder, read_json, write_json
 from .metrics import event
 from .model_folder import read_config
-from .model_source import materialise, tokenizer_files
+from .model_source import materialise
 from .pack import pack_documents
-from .row_files import inner_suffix, read_head
-from .row_map import split_map
-from .rows import Row, read_rows, source_files
+from .rows import Row, read_rows
 from .source_counts import SourceCounts, drawn, source_lines
 from .spec import DataFile, DataSpec, Prepared, TrainError, TrainSpec, read_plan
 from .storage import Storage
@@ -165,56 +161,6 @@ def prepare_data(spec: TrainSpec, model_dir: Path) -> tuple[Path, bool]:
     return entry, False
 
 
-def cache_key(data: DataSpec, model_dir: Path) -> str:
-    """sha256 over all that decides the tokens: data, tokenizer, template, settings, versions. Reads the data once."""
-    settings = [
-        CACHE_VERSION,
-        {name: version(name) for name in ("tokenizers", "transformers")},
-        _template_text(data.template),
-        data.system,
-        data.max_length,
-        data.packing,
-        data.too_long,
-        data.max_rows,
-        data.held_out,
-        len(data.held_out_files),
-    ]
-    digest = hashlib.sha256(json.dumps(settings, ensure_ascii=False).encode())
-    for source in (*data.files, *data.held_out_files):
-        digest.update(f"\0{_source_settings(source)}\0".encode())
-        for path in source_files(source):
-            read_head(path)
-            digest.update(_file_digest(path))
-    for path in tokenizer_files(model_dir):
-        digest.update(f"\0{path.relative_to(model_dir)}\0".encode() + _file_digest(path))
-    return digest.hexdigest()
-
-
-def _source_settings(source: DataFile) -> str:
-    """What decides how the bytes of a source become rows; not where they are."""
-    settings = dataclasses.asdict(dataclasses.replace(source, path="", kind="", subset="", split="", map=""))
-    suffixes = [inner_suffix(path) for path in source_files(source)]
-    code = ""
-    if source.map:
-        path, function = split_map(source.map)
-        code = f"{function} {_file_digest(path).hex()}" if path.is_file() else ""
-    return json.dumps([settings, suffixes, code], ensure_ascii=False, sort_keys=True)
-
-
-def _template_text(template: str) -> Any:
-    """What decides the layout, as JSON can hold it."""
-    from .template import read_template
-    from .turn_templates import TurnTemplate
-
-    found = read_template(template)
-    return dataclasses.asdict(found) if isinstance(found, TurnTemplate) else found
-
-
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
-
-
 def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     from .template import load_template
 
@@ -298,6 +244,8 @@ class _Encoder:
                     self._write(row, kept, first + row.source_number)
 
     def _documents(self, rows: list[Row]) -> list[Document]:
+        for row in rows:
+            _refuse_tools(row)
         if all(row.input_ids is None for row in rows):
             return self.template.encode_rows(rows, self.data.system)
         from .template import Document
@@ -315,6 +263,15 @@ class _Encoder:
         number = self.files.setdefault(row.path, len(self.files))
         self.writer.add(document.input_ids, document.supervised, number, row.line)
         self.source_of_document.append(source)
+
+
+def _refuse_tools(row: Row) -> None:
+    """Raises TrainError for a row that brings tools, which layouts do not show."""
+    if row.tools or any(message.role == "tool" or message.tool_calls for message in row.messages):
+        raise TrainError(
+            f"{row.source}: the row brings tools or calls of tools, which cannot be learnt yet",
+            "Leave such rows out.",
+        )
 
 
 def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:

@@ -20,7 +20,8 @@ from trainer import prepare
 from trainer.data import TokenData
 from trainer.engine import Ranks
 from trainer.held_out import HeldOut, rounds_of
-from trainer.prepare import cache_key, held_out_documents
+from trainer.cache_key import cache_key
+from trainer.prepare import held_out_documents
 from trainer.spec import DataFile, ModelSpec, Prepared, TrainError, TrainSpec
 
 Pair = tuple[str, str]

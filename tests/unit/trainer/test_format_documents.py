@@ -1,0 +1,162 @@
+"""Every format from a hand-made file to the documents that are trained on: what the model reads, and what it learns.
+
+The golden files show each document with its supervised spans in brackets. They are written by --update-golden.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from support.handmade_run import make_spec
+from support.tiny_chat_model import save_tiny_model
+
+from trainer import prepare
+from trainer.data import IGNORED, TokenData
+from trainer.spec import DataFile, Prepared, RowNames, TrainError
+from trainer.template import load_template
+
+ROWS = Path(__file__).parents[2] / "golden" / "rows"
+SOURCES = {
+    "conversation": {"path": "conversation.jsonl"},
+    "alpaca": {"path": "alpaca.jsonl"},
+    "sharegpt": {"path": "sharegpt.jsonl"},
+    "messages": {"path": "messages.jsonl"},
+    "pair": {"path": "pair.csv"},
+    "text": {"path": "text.jsonl"},
+    "ids": {"path": "ids.jsonl"},
+    "columns": {"path": "columns.json", "names": RowNames(prompt="q", query="numbers", response="a", system="who")},
+    "mapped": {"path": "mapped.jsonl", "map": f"{ROWS / 'translate.py'}:both_ways"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def prepared(model, tmp_path):
+    """`prepared(*sources, **settings of data)` -> (Prepared, TokenData) of a run of the prepare stage."""
+
+    def run(*sources, **settings):
+        spec = make_spec(tmp_path)
+        data = dataclasses.replace(
+            spec.data,
+            files=sources,
+            system=None,
+            max_length=256,
+            packing=False,
+            cache_dir=str(tmp_path / "cache"),
+            **settings,
+        )
+        kind = dataclasses.replace(spec.model, kind="folder", location=str(model))
+        plan = tmp_path / "plan.json"
+        plan.write_text(
+            json.dumps({"spec": dataclasses.replace(spec, model=kind, data=data).to_dict()}), encoding="utf-8"
+        )
+        prepare.run(argparse.Namespace(plan=str(plan)))
+        found = Prepared.read(spec.paths.prepared)
+        return found, TokenData.open(found.data_dir)
+
+    return run
+
+
+def documents(data, model):
+    """Each document as text, with [what is learnt] in brackets, behind its file and line."""
+    tokenizer = load_template(str(model), "model").tokenizer
+    lines = []
+    for row in range(data.num_rows):
+        batch = data.batch([row], data.row_length([row]))
+        length = batch.document_lengths[0]
+        ids, labels = batch.input_ids_1T[0, :length].tolist(), batch.labels_1T[0, :length].tolist()
+        learnt = [False] + [label != IGNORED for label in labels[:-1]]
+        assert all(label == token for label, token in zip(labels, ids[1:], strict=False) if label != IGNORED)
+        text, start = "", 0
+        for i in range(1, length + 1):
+            if i == length or learnt[i] != learnt[start]:
+                piece = tokenizer.decode(ids[start:i])
+                text += f"⟦{piece}⟧" if learnt[start] else piece
+                start = i
+        (source,) = data.sources(row)
+        lines.append(f"--- {Path(source).name}\n{text}\n")
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_documents_of_every_format(name, prepared, model, golden):
+    settings = {**SOURCES[name], "path": str(ROWS / SOURCES[name]["path"])}
+    _, data = prepared(DataFile(format="auto", **settings))
+    found = documents(data, model)
+    assert golden(f"rows/{name}.txt", found) == found
+    assert "⟦" in found
+
+
+def test_tool_calls_are_refused_with_their_place(prepared, tmp_path):
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "tools": [{"name": "f"}],
+    }
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    (tmp_path / "e.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(TrainError, match=r"e\.jsonl:1: the row brings tools"):
+        prepared(DataFile(str(tmp_path / "d.jsonl"), "auto"), DataFile(str(tmp_path / "e.jsonl"), "auto"))
+
+
+def test_tokens_of_another_tokenizer_are_refused(prepared, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [1, 5000]}\n', encoding="utf-8")
+    with pytest.raises(TrainError, match=r"d\.jsonl:2: token 5000 is beyond") as caught:
+        prepared(DataFile(str(tmp_path / "d.jsonl"), "auto"))
+    assert "another model's tokenizer" in caught.value.hint
+
+
+def write_pairs(path, prefix, count):
+    rows = [{"prompt": f"{prefix} {i}?", "response": f"answer {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_weights_decide_how_often_rows_are_trained_on(prepared, tmp_path, capsys):
+    a, b = write_pairs(tmp_path / "a.jsonl", "first", 20), write_pairs(tmp_path / "b.jsonl", "second", 10)
+    found, data = prepared(DataFile(a, "auto", weight=0.25), DataFile(b, "auto", weight=2.5))
+    seen = [data.sources(row)[0] for row in range(data.num_rows)]
+    of_a, of_b = [s for s in seen if s.startswith(a)], [s for s in seen if s.startswith(b)]
+    assert (len(of_a), len(set(of_a))) == (5, 5)
+    assert (len(of_b), len(set(of_b))) == (25, 10)
+    assert {of_b.count(s) for s in of_b} == {2, 3}
+    assert (found.num_documents, found.num_rows) == (30, 30)
+    assert found.num_tokens == data.tokens_per_row.sum()
+    assert found.num_supervised_tokens == data.supervised_per_row.sum()
+    out = capsys.readouterr().out
+    assert f"data: {a}: 20 rows -> 20 documents x weight 0.25 = 5 an epoch, " in out
+    assert f"data: {b}: 10 rows -> 10 documents x weight 2.5 = 25 an epoch, " in out
+    assert "data: 30 rows -> 30 documents" in out
+    (event,) = [json.loads(line) for line in (tmp_path / "events").read_text(encoding="utf-8").splitlines()]
+    assert [(s["rows"], s["documents"], s["trained"]) for s in event["sources"]] == [(20, 20, 5), (10, 10, 25)]
+
+
+def test_weights_and_held_out_rows(prepared, tmp_path):
+    a = write_pairs(tmp_path / "a.jsonl", "first", 20)
+    found, data = prepared(DataFile(a, "auto", weight=2.0), held_out=0.25)
+    held_out = {s for row in data.held_out_rows for s in data.sources(row)}
+    trained = [s for row in range(data.num_rows) for s in data.sources(row)]
+    assert (len(held_out), found.num_held_out_rows, len(trained)) == (5, 5, 30)
+    assert not held_out & set(trained)
+
+
+def test_all_that_decides_the_tokens_is_in_the_name_of_the_entry(prepared, tmp_path):
+    a, b = write_pairs(tmp_path / "a.jsonl", "first", 4), write_pairs(tmp_path / "b.jsonl", "second", 3)
+    code = tmp_path / "m.py"
+    code.write_text("def f(row):\n    return row\n", encoding="utf-8")
+    one, two = DataFile(a, "auto"), DataFile(b, "auto")
+    mapped = dataclasses.replace(one, map=f"{code}:f")
+    mixes = [
+        (one,), (one, two), (two, one), (dataclasses.replace(one, weight=2.0), two), (one, dataclasses.replace(two, weight=2.0)),
+        (dataclasses.replace(one, max_rows=3), two), (dataclasses.replace(one, names=RowNames(prompt="prompt")),), (mapped,),
+    ]  # fmt: skip
+    entries = [prepared(*mix)[0].data_dir for mix in mixes]
+    assert len(set(entries)) == len(mixes)
+    assert prepared(mapped)[0].data_dir == entries[-1]
+    code.write_text("def f(row):\n    return {**row, 'system': 'S'}\n", encoding="utf-8")
+    assert prepared(mapped)[0].data_dir not in entries
