@@ -121,10 +121,11 @@ def _problem(entry: Any) -> tuple[str, str] | None:
     media = [key for key in _MEDIA if columns.get(key)]
     if media:
         return f"has columns.{media[0]}", "Only text can be learnt."
-    refused = [key for key in _REFUSED if entry.get(key)]
+    has_place = any(isinstance(entry.get(key), str) for key in _PLACES)
+    refused = [key for key in _REFUSED if entry.get(key) and (key == "folder" or not has_place)]
     if refused:
         return f"`{refused[0]}` is not supported", f"{_REFUSED[refused[0]]}.".capitalize()
-    if not any(isinstance(entry.get(key), str) for key in _PLACES):
+    if not has_place:
         return "says not where its rows are", f"One of {', '.join(_PLACES)} is needed."
     if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt", "openai"):
         return f"formatting {entry['formatting']!r}", "It may be alpaca, sharegpt or openai."

@@ -49,7 +49,7 @@ def data_file_paths(tree: Node) -> list[str]:
     return [f"{name}.{i}.path" for name, count in counts for i in range(count)]
 
 
-def _replaced(tree: Node, parts: list[str], value: str) -> Node:
+def _replaced(tree: Node, parts: Sequence[str], value: str) -> Node:
     if not parts:
         return tree.with_value(value)
     head, *rest = parts

@@ -104,7 +104,7 @@ class DataFile(Section):
     """One source of rows. Short form: its path."""
 
     path: str = Field(min_length=1)
-    """A file (json, jsonl, csv or tsv, also .gz or .zst; parquet; Arrow), a folder of such files or of save_to_disk, a pattern (rows/*.jsonl), all relative to the recipe file; a dataset of the Hub (ORG/NAME, ORG/NAME:SUBSET, ORG/NAME#1000 for its first 1000 rows) or of ModelScope (modelscope:ORG/NAME); or a name in data.dataset_info."""
+    """A file (json, jsonl, csv, tsv or txt, also .gz or .zst; parquet; Arrow), a folder of such files or of save_to_disk, a pattern (rows/*.jsonl), all relative to the recipe file; a dataset of the Hub (ORG/NAME, ORG/NAME:SUBSET, ORG/NAME#1000 for its first 1000 rows) or of ModelScope (modelscope:ORG/NAME); or a name in data.dataset_info."""
     format: Format = "auto"
     """Row format; auto looks at the keys of the rows."""
     weight: float = Field(default=1.0, gt=0)

@@ -12,8 +12,10 @@ from typing import NamedTuple
 from .row_files import PACKED_SUFFIXES, READABLE, TABLE_SUFFIXES, TEXT_SUFFIXES, inner_suffix
 from .spec import TrainError
 
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_DATASET = re.compile(rf"(?P<scheme>modelscope:|hub:)?(?P<id>{_HUB_ID})(:(?P<subset>[^:#\s]+))?(#(?P<rows>\d+))?")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_DATASET = re.compile(
+    rf"(?P<scheme>modelscope:|hub:)?(?P<id>(?:{_NAME}/)?{_NAME})(:(?P<subset>[^:#\s]+))?(#(?P<rows>\d+))?"
+)
 _SUFFIXES = frozenset((*TEXT_SUFFIXES, *TABLE_SUFFIXES, *PACKED_SUFFIXES))
 NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """Files that say something about data, and are none."""
@@ -37,7 +39,9 @@ class DatasetId(NamedTuple):
 def dataset_id(text: str) -> DatasetId | None:
     """`text` as a dataset of a hub; None where it can only be a path."""
     found = _DATASET.fullmatch(text)
-    if not found or (not found["scheme"] and Path(found["id"]).suffix.lower() in _SUFFIXES):
+    if not found:
+        return None
+    if not found["scheme"] and ("/" not in found["id"] or Path(found["id"]).suffix.lower() in _SUFFIXES):
         return None
     kind = "modelscope" if found["scheme"] == "modelscope:" else "hub"
     return DatasetId(kind, found["id"], found["subset"] or "", int(found["rows"] or 0), bool(found["scheme"]))
@@ -51,7 +55,7 @@ def is_pattern(path: str) -> bool:
 def data_files(path: str, split: str = "train") -> list[Path]:
     """The files that an absolute `path` stands for, in the order in which they are read.
 
-    A folder stands for all data files in and below it; one that `datasets` wrote with save_to_disk for its `split`.
+    A folder stands for all data files in and below it (.txt files are not: they may be anything); one that `datasets` wrote with save_to_disk for its `split`.
     Raises TrainError where there are none, or where a folder mixes splits.
     """
     if is_pattern(path):
@@ -77,7 +81,7 @@ def _files_below(folder: Path) -> list[Path]:
     if (folder / "config.json").is_file():
         raise TrainError(f"the folder {folder} holds a model, by its config.json", "Name a folder of data files.")
     inside = (p for p in sorted(folder.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(folder).parts))
-    found = [p for p in inside if inner_suffix(p) in _SUFFIXES and p.name not in NOT_ROWS and p.is_file()]
+    found = [p for p in inside if inner_suffix(p) in _SUFFIXES - {".txt"} and p.name not in NOT_ROWS and p.is_file()]
     if not found:
         raise TrainError(f"the folder {folder} holds no data files", READABLE)
     others = [p for p in found if _OTHER_SPLIT.search(str(p.relative_to(folder)))]

@@ -18,6 +18,7 @@ def fetch(source: DataFile) -> list[Path]:
     Side effects: files in the cache of `datasets` (HF_HOME), and of ModelScope.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     # load_dataset takes a folder as it takes an id; it never runs a dataset's own script (datasets >= 4).
     place = source.path if source.kind == "hub" else _modelscope_folder(source.path)
@@ -26,7 +27,7 @@ def fetch(source: DataFile) -> list[Path]:
         found = datasets.load_dataset(place, source.subset or None, split=source.split)
     except (ConnectionError, TimeoutError) as e:
         raise _no_network(name) from e
-    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as e:
+    except (FileNotFoundError, ValueError, DatasetsError) as e:
         raise TrainError(
             f"the dataset {name} cannot be read: {e}",
             "Check the spelling of ORG/NAME:SUBSET and of `split`; a private dataset needs HF_TOKEN.\n" + OTHER_SOURCES,

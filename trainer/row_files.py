@@ -1,6 +1,6 @@
 """Data files as streams of rows: (line or row number, JSON value) one by one, whatever the file's size.
 
-json (one array), jsonl, csv and tsv are read here with the standard library, packed by gzip too; parquet and Arrow files,
+json (one array), jsonl, csv, tsv and txt (each line is a text) are read here with the standard library, packed by gzip too; parquet and Arrow files,
 and zstd, by pyarrow, which is imported only for them.
 """
 
@@ -19,7 +19,7 @@ from typing import IO, Any
 from .row_values import RowError
 from .spec import TrainError
 
-TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 PACKED_SUFFIXES = (".gz", ".zst")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 BOM_UTF8, BOMS_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -33,7 +33,7 @@ GZIP, ZSTD, PARQUET, ARROW_FILE, ARROW_STREAM = (
 """How these files begin."""
 BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"7z\xbc\xaf", b"%PDF", b"BZh", b"\xfd7zXZ", b"SQLite format 3")
 ONE_ROW_PER_LINE = "A .jsonl file holds one JSON value per line; a .json file holds one array: [row, row, ...]."
-READABLE = "json, jsonl, csv or tsv (also .gz or .zst), parquet and Arrow files are read."
+READABLE = "json, jsonl, csv, tsv or txt (also .gz or .zst), parquet and Arrow files are read."
 CHUNK = 1 << 20
 """Characters that are read at once of an array."""
 NEAR_END = 16
@@ -106,7 +106,9 @@ def _text_values(path: Path) -> Iterator[tuple[int, Any]]:
         with _open(path) as f:
             if head.startswith(BOMS_UTF16) or head[:64].count(0) > 8:
                 raise _encoding_error(path, 1)
-            if inner_suffix(path) in (".csv", ".tsv"):
+            if inner_suffix(path) == ".txt":
+                yield from _plain_lines(path, f)
+            elif inner_suffix(path) in (".csv", ".tsv"):
                 yield from _csv_values(path, f)
             elif _is_array(path, head):
                 yield from _array_values(path, f)
@@ -148,6 +150,16 @@ def _line_values(path: Path, f: IO[bytes]) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as e:
             value = _json_error(e)
         yield number, value
+
+
+def _plain_lines(path: Path, f: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    for number, raw in enumerate(f, start=1):
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise _encoding_error(path, number) from None
+        if text.strip():
+            yield number, {"text": text}
 
 
 def _csv_values(path: Path, f: IO[bytes]) -> Iterator[tuple[int, Any]]:

@@ -16,6 +16,7 @@ LONGER: dict[str, str] = {}
 PROCESS_BORDERS = {
     "launcher/cli.py": "the launcher's border: an unexpected exception becomes exit code 70",
     "trainer/worker.py": "the worker's border: the first cause is written to a file before the process ends",
+    "trainer/row_map.py": "a function of the user's own: whatever it raises is told with its line and the row",
     "trainer/storage.py": "the clients of buckets share no base class: whatever they raise becomes one clear error",
     "cluster/node_agent.py": "the border of a host: the launcher shows the person what went wrong there, with the host's name",
     "cluster/ray_driver.py": "the border of a job under Ray: whatever Ray raises, what the workers left says more",

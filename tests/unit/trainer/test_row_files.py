@@ -194,6 +194,14 @@ def test_csv_names_its_columns(tmp_path):
         list(read_values(tmp_path / "d.csv"))
 
 
+def test_each_line_of_a_txt_file_is_a_text(tmp_path):
+    (tmp_path / "d.txt").write_bytes("\ufeff[鸟\r\n\n \n{b\n".encode())
+    assert list(read_values(tmp_path / "d.txt")) == [(1, {"text": "[鸟"}), (4, {"text": "{b"})]
+    (tmp_path / "d.txt").write_bytes("plain\n我是小鹪，由团队开发的聊天助手。\n".encode("gbk"))
+    with pytest.raises(TrainError, match=r"d\.txt:2: the file is not UTF-8; it looks like GBK"):
+        list(read_values(tmp_path / "d.txt"))
+
+
 def test_nulls_of_a_table_are_keys_that_are_not_there(tmp_path):
     path = write(tmp_path / "rows.parquet", [{"text": "a", "system": None}, {"text": None, "system": "b"}])
     assert list(read_values(path)) == [(1, {"text": "a"}), (2, {"system": "b"})]
