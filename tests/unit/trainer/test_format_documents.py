@@ -46,7 +46,7 @@ def prepared(model, tmp_path):
             spec.data,
             files=sources,
             system=None,
-            max_length=256,
+            max_length=1024,
             packing=False,
             cache_dir=str(tmp_path / "cache"),
             **settings,

@@ -17,10 +17,10 @@ from support.handmade_run import make_spec
 from support.tiny_chat_model import save_tiny_model
 
 from trainer import prepare
+from trainer.cache_key import cache_key
 from trainer.data import TokenData
 from trainer.engine import Ranks
 from trainer.held_out import HeldOut, rounds_of
-from trainer.cache_key import cache_key
 from trainer.prepare import held_out_documents
 from trainer.spec import DataFile, ModelSpec, Prepared, TrainError, TrainSpec
 
