@@ -246,6 +246,8 @@ class _Encoder:
     def _documents(self, rows: list[Row]) -> list[Document]:
         for row in rows:
             _refuse_tools(row)
+            if any(message.role == "system" for message in row.messages[1:]):
+                _require_later_systems(self.template, row)
         if all(row.input_ids is None for row in rows):
             return self.template.encode_rows(rows, self.data.system)
         from .template import Document
@@ -272,6 +274,20 @@ def _refuse_tools(row: Row) -> None:
             f"{row.source}: the row brings tools or calls of tools, which cannot be learnt yet",
             "Leave such rows out.",
         )
+
+
+def _require_later_systems(template: ChatTemplate, row: Row) -> None:
+    """Raises TrainError where the template leaves out a system prompt that stands within the conversation."""
+    for k, message in enumerate(row.messages):
+        if (
+            k
+            and message.role == "system"
+            and message.content.strip() not in template.prompt_text(row.messages[: k + 2])
+        ):
+            raise TrainError(
+                f"{row.source}: turn {k + 1} is a system prompt, and the chat template leaves it out there",
+                "Keep one system prompt, at the beginning, or set data.template to a template that shows later ones.",
+            )
 
 
 def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:

@@ -104,6 +104,19 @@ def test_tool_calls_are_refused_with_their_place(prepared, tmp_path):
         prepared(DataFile(str(tmp_path / "d.jsonl"), "auto"), DataFile(str(tmp_path / "e.jsonl"), "auto"))
 
 
+def test_a_template_that_leaves_out_later_system_prompts_is_refused(prepared, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        encoding="utf-8",
+    )
+    with pytest.raises(
+        TrainError, match=r"conversation\.jsonl:1: turn 6 is a system prompt, and the chat template leaves"
+    ):
+        prepared(DataFile(str(ROWS / "conversation.jsonl"), "auto"), template=str(template))
+
+
 def test_tokens_of_another_tokenizer_are_refused(prepared, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [1, 5000]}\n', encoding="utf-8")
     with pytest.raises(TrainError, match=r"d\.jsonl:2: token 5000 is beyond") as caught:
