@@ -16,8 +16,11 @@ _KEYS = {
     "method.targets": "lora_target target_modules lora_target_modules lora_target_linear lora_modules",
     "method.double_quant": "double_quantization bnb_4bit_use_double_quant",
     "data.files": (
-        "dataset datasets dataset_path data_path data_files train_file train_files train_data dataset_dir training_data file"
+        "dataset datasets dataset_path data_path data_files train_file train_files train_data training_data file"
     ),
+    "data.dataset_info": "dataset_dir dataset_info_path",
+    "data.files[].weight": "interleave_probs data_probs sampling_weight",
+    "data.files[].map": "dataset_map_fn map_fn",
     "data.files[].path": "file_name dataset_name data_file",
     "data.files[].format": "formatting dataset_format type",
     "data.system": "SYSTEM system_prompt default_system system_message",
@@ -75,7 +78,7 @@ EXAMPLES: dict[str, str] = {
     "warmup_steps": "Write the share of all steps: `warmup_ratio: 0.03`.",
     "adam_beta1": "Write both: `betas: [0.9, 0.999]`.",
     "adam_beta2": "Write both: `betas: [0.9, 0.999]`.",
-    "dataset": "Write the file itself: `data: my.jsonl`; no registration in dataset_info.json is needed.",
+    "dataset": "Write the file itself: `data: my.jsonl`. Names of a dataset_info.json: `data: {files: [NAME], dataset_info: FOLDER}`.",
     "template": "Leave it out: the tokenizer's own template is used. Another one: `template: my.jinja` under data.",
     "prompt_template": "Leave it out: the tokenizer's own template is used. Another one: `template: my.jinja` under data.",
     "disable_gradient_checkpointing": "Write `gradient_checkpointing: false` under train.",
