@@ -295,22 +295,25 @@ FORMATS = {
 }
 
 
-def matching(value: Any) -> list[str]:
-    """Names of the formats whose keys a row has."""
+def fits(name: str, value: Any) -> bool:
+    """Whether a row has the keys of a format."""
     if isinstance(value, list):
-        return ["messages"]
+        return name == "messages"
     if not isinstance(value, dict):
-        return []
-    return [name for name, f in FORMATS.items() if all(not some.isdisjoint(value) for some in f.keys)]
+        return False
+    for some in FORMATS[name].keys:  # noqa: SIM110  a generator costs each row three times as much
+        if some.isdisjoint(value):
+            return False
+    return True
 
 
 def detect(value: Any) -> str:
     """Name of the format of a row. Raises RowError when it is none of ours."""
     refuse_foreign(value)
-    found = matching(value)
+    found = next((name for name in FORMATS if fits(name, value)), "")
     if not found:
         raise RowError(f"the row has {describe(value)}, which is none of the known formats", SHAPES)
-    return found[0]
+    return found
 
 
 def refuse_foreign(value: Any) -> None:

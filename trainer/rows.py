@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .data_paths import data_files
 from .row_files import TABLE_SUFFIXES, inner_suffix, read_values
-from .row_formats import FORMATS, REFUSED_KEYS, Parsed, detect, matching, refuse_foreign
+from .row_formats import FORMATS, REFUSED_KEYS, Parsed, detect, fits, refuse_foreign
 from .row_values import SHAPES, Message, RowError, describe, field
 from .spec import DataFile, RowNames, TrainError
 
@@ -22,8 +21,7 @@ __all__ = ["Message", "Row", "peek", "read_rows", "source_files"]
 MAX_PROBLEMS = 20
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Either `messages` (which end with an assistant turn), or `text`, or `input_ids`."""
 
     messages: tuple[Message, ...]
@@ -144,7 +142,7 @@ class _SourceReader:
             try:
                 if isinstance(value, RowError):
                     raise value
-                made = [parser.parse(v) for v in (self._map(value) if self._map else (value,))]
+                made = [parser.parse(v) for v in self._map(value)] if self._map else (parser.parse(value),)
             except RowError as e:
                 problems.add(path, line, e)
                 unknown_shape = not parser.format and not isinstance(value, RowError)
@@ -184,7 +182,7 @@ class _RowParser:
         if not self.format:
             self.format = detect(value)
             self.decided_by = "columns and its first row say so" if self._columns else "its first row says so"
-        if self.format not in matching(value):
+        if not fits(self.format, value):
             raise RowError(
                 f"the row has {describe(value)}, but the file is read as `{self.format}` ({self.decided_by})",
                 f"Put rows of different formats into different files.\n{SHAPES}",

@@ -24,6 +24,8 @@ def tools_of(value: Any, what: str) -> tuple[dict[str, Any], ...]:
 
     null, "" and [] are none. Raises RowError.
     """
+    if value is None:
+        return ()
     if isinstance(value, str) and value.strip():
         value = _from_json(value, what, TOOLS_HINT)
     if value in (None, "", []) or (isinstance(value, str) and not value.strip()):

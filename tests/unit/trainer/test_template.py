@@ -157,8 +157,8 @@ def test_system_prompt_of_the_row_goes_before_that_of_the_recipe(chatml):
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user"
     )
     assert encode(chatml, own, "Be kind.") == encode(chatml, own, None)
-    assert with_system([Message("user", "a")], "") == [("system", "", None), ("user", "a", None)]
-    assert with_system([Message("user", "a")], None) == [("user", "a", None)]
+    assert with_system([Message("user", "a")], "") == [Message("system", ""), Message("user", "a")]
+    assert with_system([Message("user", "a")], None) == [Message("user", "a")]
 
 
 def test_chinese_and_emoji_survive(chatml):
