@@ -18,7 +18,7 @@ from .model import DTYPES
 from .report_terminal import printable
 from .spec import TrainError
 from .template import load_template
-from .template_difference import template_difference
+from .template_difference import difference_in_short
 
 COMMANDS = """\
 /reset          forget the conversation
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     template = load_template(args.model, args.template, args.trust_remote_code)
     template.prompt_text([("user", "Hi")])
     if args.template != "model":
-        print("\n".join(template_difference(template, args.template)), flush=True)
+        print(difference_in_short(template, args.template), flush=True)
     model = load_for_generation(args.model, DTYPES[args.dtype], device, args.adapter, args.trust_remote_code)
     limit = getattr(model.config, "max_position_embeddings", None)
 

@@ -35,6 +35,17 @@ def template_difference(chosen: ChatTemplate, name: str) -> list[str]:
     return [f"data.template {name} differs from the model's own:", *lines]
 
 
+def difference_in_short(chosen: ChatTemplate, name: str) -> str:
+    """One line: how a turn looks in the chosen template and in the model's own."""
+    own, turn = chosen.of_the_model(), (Message("user", "Hi"),)
+    given = chosen.prompt_text(turn)
+    if own is None:
+        return f"template: {name}; the model has none of its own"
+    if given == own.prompt_text(turn):
+        return f"template: {name} writes a turn like the model's own"
+    return f"template: {name} writes {given!r}; the model's own writes {own.prompt_text(turn)!r}"
+
+
 def _prompt(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str, list[int]] | str:
     """(text, token ids) before an answer, or why there is none: a template may refuse system prompts."""
     try:

@@ -28,6 +28,7 @@ STAGES = {
     "prepare": "trainer.prepare",
     "train": "trainer.train",
     "probe": "trainer.parallel_probe",
+    "packing": "trainer.packing_probe",
     "consolidate": "trainer.consolidate",
     "merge": "trainer.merge",
     "evaluate": "trainer.evaluate",
