@@ -129,5 +129,7 @@ def _losses(model: PackedLanguageModel, batch: Batch, device: torch.device) -> t
     """losses_N on the CPU, fp64."""
     if not bool((batch.labels_1T != IGNORE).any()):
         return torch.zeros(0, dtype=torch.float64)
-    inputs = [t.to(device) for t in (batch.input_ids_1T, batch.labels_1T, batch.position_ids_1T)]
-    return model.losses(*inputs, batch.document_lengths).double().cpu()
+    ids_1T, labels_1T, positions_1T = (
+        t.to(device) for t in (batch.input_ids_1T, batch.labels_1T, batch.position_ids_1T)
+    )
+    return model.losses(ids_1T, labels_1T, positions_1T, batch.document_lengths).double().cpu()
