@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import LaunchError
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Recipe = Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.", metavar="RECIPE")]
@@ -36,3 +38,33 @@ def preview(
     raise typer.Exit(
         show(Request(recipe, None, None, None, 1, None, tuple(sets or ()), False), documents, first, out, json)
     )
+
+
+@app.command()
+def identity(
+    name: Annotated[str, typer.Option(help="What the model is to be called.")],
+    author: Annotated[str, typer.Option(help="Who made it.")],
+    out: Annotated[Path, typer.Option(help="A new jsonl file.")],
+    language: Annotated[str, typer.Option(help="en | zh.")] = "en",
+) -> None:
+    """Write rows that teach a model its name and author, in many wordings, among others that keep what it knew."""
+    from .data_identity import write_identity
+
+    count = write_identity(name, author, language, out)
+    typer.echo(f"wrote {count} rows to {out}; train on them: data: {out}")
+
+
+@app.command()
+def replace(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="json or jsonl.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file.")],
+    old: Annotated[list[str], typer.Option(help="The text to replace; may be repeated, with as many --new.")],
+    new: Annotated[list[str], typer.Option(help="What stands there instead.")],
+) -> None:
+    """Replace a text in every string of a file. Keys and all else stay as they are, byte for byte."""
+    from .data_replace import replace as run
+
+    if len(old) != len(new):
+        raise LaunchError(f"{len(old)} --old and {len(new)} --new", "Give one --new for each --old, in the same order.")
+    found = run(source, out, list(zip(old, new, strict=True)))
+    typer.echo(f"wrote {out}: {found.replacements:,} replaced, in {found.changed_rows:,} of {found.rows:,} rows")
