@@ -16,6 +16,7 @@ from cluster.job import ClusterError
 from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, TrainError
 
 from .cli_cluster import app as cluster_app
+from .cli_data import app as data_app
 from .cli_recipes import app as recipes_app
 from .cli_runs import ForceKey, Sets
 from .cli_runs import app as runs_app
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes", help="List, show, copy and check recipes.")
+app.add_typer(data_app, name="data", help="Look at a recipe's data as the model will.")
 app.add_typer(runs_app, name="runs", help="List, show, watch, stop and resume runs.")
 app.add_typer(cluster_app, name="cluster", help="Check that the hosts of a run fit together.")
 app.add_typer(verify_app, name="verify", help="Check that a layout computes what a simpler one does.")
@@ -184,7 +186,10 @@ def evaluate_command(
 def chat_command(
     target: Target,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder on top of a model folder.")] = None,
-    template: Annotated[Path | None, typer.Option(help="Jinja chat template. Default: the run's own.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Chat template: a name (launch recipes templates) or a Jinja file. Default: the run's own."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt. Default: the run's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)] = 0.0,

@@ -42,3 +42,24 @@ def parallel_command(
 
     request = Request(recipe, gpus, cpu, None, 1, None, tuple(sets or ()), False)
     raise typer.Exit(verify(request, against or (), steps, json))
+
+
+@app.command("packing")
+def packing_command(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.", metavar="RECIPE")],
+    gpus: Annotated[str | None, typer.Option(help="Physical GPUs, as for `launch run`; the first is used.")] = None,
+    cpu: Annotated[int | None, typer.Option(help="Use the CPU.", min=1)] = None,
+    rows: Annotated[int, typer.Option(help="Packed rows to compare; 0: all.", min=0)] = 16,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: model.dtype=fp32.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print every number as JSON in place of the page.")] = False,
+) -> None:
+    """Compare the losses of documents in packed rows with those of the same documents alone.
+
+    Token by token, on the recipe's own model and data; the rows with the most documents are among those compared. Exits with
+    0 when they agree up to rounding, with 1 when they do not.
+    """
+    from .start import Request
+    from .verify_packing import verify_packing
+
+    request = Request(recipe, gpus, cpu, None, 1, None, tuple(sets or ()), False)
+    raise typer.Exit(verify_packing(request, rows, json))

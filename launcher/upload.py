@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.data_paths import data_files, is_pattern
+from trainer.turn_templates import is_template_file
 
 from .errors import LaunchError, Problem, RecipeError
 from .recipe import LoadedRecipe, dump_recipe
@@ -80,7 +81,7 @@ def collect(loaded: LoadedRecipe, shared: Sequence[Path]) -> list[Item]:
                 row["map"] = f"{_sent(loaded, f'data.{key}.{i}.map', code, shared, files, problems)}:{function}"
         if rows:
             data[key] = rows
-    if data.get("template", "model") != "model":
+    if is_template_file(data.get("template", "model")):
         data["template"] = _sent(loaded, "data.template", data["template"], shared, files, problems)
     model = {**loaded.values["model"]}
     model["source"] = _model(loaded, model["source"], shared, files, problems)

@@ -20,34 +20,15 @@ from cluster.retry import RetryLimits
 from trainer.spec import EXIT_INTERRUPTED, EXIT_OK, TrainSpec
 
 from .errors import LaunchError, PlanError
-from .run_dir import RunDir, new_run_id, read_json, write_json
+from .run_dir import new_run_id, read_json, write_json
 from .start import Request, make_plan, write_run
 from .verify_compare import Comparison, Side, compare, to_json
+from .verify_folder import EXIT_DIFFERS, VerifyDir, run_quietly
 
-EXIT_DIFFERS = 1
-"""The layouts computed different things. Neither a mistake in the recipe (2) nor a crash (70)."""
 KEYS = {"sp": "1 or more", "dp": "1 or more", "zero": "0 to 3", "accumulate": "1 or more"}
 """What --against may set, and the values."""
 _PLANNED_KEYS = ("parallel.sp", "parallel.zero", "parallel.offload", "train.accumulate", "train.global_batch")
 _QUIET = "evaluate.samples_every_steps"
-
-
-@dataclass(frozen=True)
-class VerifyDir:
-    """The folder of one comparison: a run folder for each layout, and the result."""
-
-    root: Path
-
-    @property
-    def result(self) -> Path:
-        return self.root / "verify.json"
-
-    def layout(self, number: int) -> RunDir:
-        """Run folder of a layout; number 0 is the plan's own."""
-        return RunDir(self.root / ("plan" if number == 0 else f"reference_{number}"))
-
-    def probe(self, number: int) -> Path:
-        return self.layout(number).root / "probe"
 
 
 @dataclass(frozen=True)
@@ -78,7 +59,7 @@ def verify(request: Request, against: Sequence[str], num_steps: int, as_json: bo
     for number, (plan, _, _) in enumerate(plans):
         name = "the plan" if number == 0 else f"reference {number} of {len(plans) - 1}"
         print(f"{name}: {side_of(plan.spec, {}).text}", file=out, flush=True)
-        code = _run(folder.layout(number), as_json)
+        code = run_quietly(folder.layout(number), as_json)
         if code != EXIT_OK:
             _say_failed(folder, number, code)
             return code
@@ -103,7 +84,7 @@ def plan_layouts(request: Request, against: Sequence[str]) -> list[tuple[Any, An
     own = reference_layout(plan.spec, {})
     for text, layout in zip([*against, ""], wanted, strict=False):
         _check_wanted(plan, own, layout, text)
-    requests = [request, *(_request_for(request, plan, layout) for layout in wanted)]
+    requests = [request, *(request_for(request, plan, layout) for layout in wanted)]
     planned = [(*make_plan(r, folder.layout(i))[:2], r) for i, r in enumerate(requests)]
     refused = [problem for other, _, _ in planned for problem in other.refusals]
     if refused:
@@ -166,7 +147,7 @@ def _check_wanted(plan: Any, own: Wanted, wanted: Wanted, text: str) -> None:
         )
 
 
-def _request_for(request: Request, plan: Any, wanted: Wanted) -> Request:
+def request_for(request: Request, plan: Any, wanted: Wanted) -> Request:
     """The recipe in another layout, on the first of the plan's devices."""
     sets = [s for s in request.sets if s.partition("=")[0].strip() not in (*_PLANNED_KEYS, _QUIET)]
     rows = plan.spec.optim.micro_batch * wanted.accumulate * wanted.dp
@@ -219,13 +200,6 @@ def _probe_job(train: JobSpec, spec: TrainSpec, folder: VerifyDir, number: int, 
     against = ("--against", str(folder.probe(0))) if number else ()
     args = ("probe", "--log-dir", log_dir, "--package-root", spec.package_root, *steps, *against)
     return dataclasses.replace(train, name="probe", args=args, log_dir=log_dir)
-
-
-def _run(run: RunDir, as_json: bool) -> int:
-    from .progress import Progress
-    from .supervise import supervise
-
-    return supervise(run, 1, frozenset(), Progress(run, sys.stderr if as_json else sys.stdout))
 
 
 def _say_failed(folder: VerifyDir, number: int, code: int) -> None:

@@ -180,8 +180,22 @@ class TokenData:
 
     def sources(self, row: int) -> list[str]:
         """file:line of every document of a row."""
-        places = (self._sources[d] for d in self.documents(row))
-        return [f"{self.index['data_files'][file]}:{line}" for file, line in places]
+        return [self.source(int(d)) for d in self.documents(row)]
+
+    def source(self, document: int) -> str:
+        """file:line of a document."""
+        file, line = self._sources[document]
+        return f"{self.index['data_files'][file]}:{line}"
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """int64 (D,): tokens of each document, in the order of the data."""
+        return np.diff(self._offsets)
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, what is learnt of each: see `Document.supervised`), both (length,)."""
+        span = slice(int(self._offsets[number]), int(self._offsets[number + 1]))
+        return self._tokens[span], self._supervised[span]
 
     def row_length(self, rows: Sequence[int]) -> int:
         """Length T of a batch of these rows: a constant with packing, else the next multiple of ROUND_TO (never 0)."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import attention, compiled, cpu_dequantize, fused_layers, lora_linear, wide_products
-from .loss import supervised_loss_sum
+from .loss import supervised_loss_sum, supervised_losses
 from .sharded_load import load_sharded
 from .spec import MethodSpec, ModelSpec, TrainError, TrainSpec
 
@@ -39,14 +39,33 @@ class PackedLanguageModel(nn.Module):
         document_lengths: tuple[int, ...],
     ) -> torch.Tensor:
         """fp32 scalar: the sum, not the mean; only the loop knows the step's count of supervised tokens."""
-        base = self.base
-        hidden_BTD = base.get_decoder()(
+        hidden_BTD = self._hidden(input_ids_BT, position_ids_BT, document_lengths)
+        return supervised_loss_sum(hidden_BTD, labels_BT, *self._head())
+
+    def losses(
+        self,
+        input_ids_BT: torch.Tensor,
+        labels_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        document_lengths: tuple[int, ...],
+    ) -> torch.Tensor:
+        """losses_N (fp32): what `forward` adds up, token by token. Without gradient."""
+        with torch.no_grad():
+            hidden_BTD = self._hidden(input_ids_BT, position_ids_BT, document_lengths)
+        return supervised_losses(hidden_BTD, labels_BT, *self._head())
+
+    def _hidden(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, document_lengths: tuple[int, ...]
+    ) -> torch.Tensor:
+        return self.base.get_decoder()(
             input_ids=input_ids_BT, position_ids=position_ids_BT, document_lengths=document_lengths, use_cache=False
         ).last_hidden_state
+
+    def _head(self) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
+        """(weight_VD, bias_V, logit scale, softcap) of the output embedding."""
+        base = self.base
         head = base.get_output_embeddings()
-        return supervised_loss_sum(
-            hidden_BTD, labels_BT, head.weight, head.bias, _logit_scale(base.config), _softcap(base.config)
-        )
+        return head.weight, head.bias, _logit_scale(base.config), _softcap(base.config)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters under the names that PEFT or transformers gives them, in model order."""

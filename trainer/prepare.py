@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     write_json(Path(spec.paths.prepared), prepared.to_dict())
     seconds = round(time.monotonic() - started, 2)
     sources = [SourceCounts(**found) for found in index["sources"]]
-    for line in (*source_lines(sources), *summary(counts, index["num_rows"], spec.data)):
+    for line in (*index["template_notes"], *source_lines(sources), *summary(counts, index["num_rows"], spec.data)):
         print(line, flush=True)
     print(f"prepared in {seconds} s: tokens {'found' if reused else 'written'} in {entry}", flush=True)
     event(
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         **prepared.to_dict(),
         counts=dataclasses.asdict(counts),
         sources=index["sources"],
+        template_notes=index["template_notes"],
     )
 
 
@@ -163,6 +164,7 @@ def prepare_data(spec: TrainSpec, model_dir: Path) -> tuple[Path, bool]:
 
 def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     from .template import load_template
+    from .template_difference import template_difference
 
     data = spec.data
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
@@ -198,6 +200,7 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
         "data_files": list(files),
         "sources": [dataclasses.asdict(source) for source in per_source],
         "counts": dataclasses.asdict(counts),
+        "template_notes": template_difference(template, data.template) if data.template != "model" else [],
     }
     row_offsets = np.concatenate((offsets, offsets[-1] + held_out_offsets[1:]))
     writer.finish(row_offsets, np.concatenate([which[documents] for which, _, documents in parts]), index)

@@ -26,8 +26,10 @@ from .worker_secrets import provide
 STAGES = {
     "connect": "trainer.connect",
     "prepare": "trainer.prepare",
+    "preview": "trainer.data_preview",
     "train": "trainer.train",
     "probe": "trainer.parallel_probe",
+    "packing": "trainer.packing_probe",
     "consolidate": "trainer.consolidate",
     "merge": "trainer.merge",
     "evaluate": "trainer.evaluate",

@@ -11,7 +11,7 @@ HEAVY = frozenset((*LIBRARIES, "accelerate", "bitsandbytes", "safetensors", "tok
 # The light contracts: what the launcher may know of the other two packages.
 LIGHT_TRAINER = frozenset(
     ("spec", "ds_config", "checkpoint_format", "heartbeat", "storage", "disk", "rows", "row_files", "row_formats")
-) | {"row_values", "tool_calls", "data_paths"}
+) | {"row_values", "tool_calls", "data_paths", "turn_templates"}
 # The processes in which Ray runs: the backend starts them by name, and Ray itself imports the last.
 RAY_PROCESSES = frozenset(("ray_actors", "ray_driver", "ray_nodes", "ray_room", "ray_worker"))
 

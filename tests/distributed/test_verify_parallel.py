@@ -135,3 +135,16 @@ def test_a_planted_bug_is_found(name: str, recipe: Path, environment: dict[str, 
     (folder,) = (recipe / "runs").iterdir()
     assert str(folder) in done.stderr
     assert (folder / "plan" / "probe" / "gradients_step_1.safetensors").is_file(), os.listdir(folder)
+
+
+def test_packed_rows_of_a_recipe_are_verified(recipe: Path, launch: Launch) -> None:
+    done = launch("verify", "packing", "r.yaml", "--cpu", "2", "--rows", "4", cwd=recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "packed == unpacked: ok" in done.stdout
+    (folder,) = (recipe / "runs").glob("verify-r-*")
+    result = json.loads((folder / "verify.json").read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 4
+    assert all(row["documents"] > 1 for row in result["rows"])
+    done = launch("verify", "packing", "r.yaml", "--cpu", "1", "--set", "data.packing=false", cwd=recipe)
+    assert done.returncode == 2
+    assert "data.packing is false" in done.stderr

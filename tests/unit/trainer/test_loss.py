@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.loss import CHUNK, IGNORE, supervised_loss_sum
+from trainer.loss import CHUNK, IGNORE, supervised_loss_sum, supervised_losses
 
 # B batch, T row length, D hidden size, V vocabulary
 T, D, V = CHUNK * 2 + 37, 16, 101
@@ -57,3 +57,15 @@ def test_row_without_labels_gives_zero_loss_and_zero_gradient() -> None:
     assert hidden.grad is not None
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 3.0)])
+def test_single_losses_are_the_addends_of_the_sum(scale: float, softcap: float | None) -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    losses = supervised_losses(hidden, labels, weight, bias, scale, softcap)
+    logits = F.linear(hidden, weight, bias) * scale
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    expected = F.cross_entropy(logits.view(-1, V), labels.view(-1), ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, expected[labels.view(-1) != IGNORE], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.sum(), supervised_loss_sum(hidden, labels, weight, bias, scale, softcap))
+    assert supervised_losses(hidden, torch.full_like(labels, IGNORE), weight).shape == (0,)
