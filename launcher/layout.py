@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.inventory import Selection
 
-from .combinations import OFFLOAD_STAGES, Combination, cautions, offload_reason, refusals
+from .combinations import OFFLOAD_STAGES, Combination, cautions, choice_of, offload_reason, refusals
 from .errors import Problem
 from .memory import MemoryInputs, estimate
 from .model_facts import ModelFacts
@@ -35,6 +35,8 @@ class Layout:
     refusals: tuple[Problem, ...]
     """Combinations that can be planned but not trained."""
     warnings: tuple[str, ...]
+    choice: dict[str, str] = field(default_factory=dict)
+    """The combination in the words of compatibility_table.py."""
 
 
 def simplest_layout(selection: Selection) -> Layout:
@@ -66,7 +68,7 @@ def decide_layout(
     if sp > 1:
         batch_reason += f": the {sp} processes of a group share their rows"
     combination = Combination(
-        recipe.method.name, zero, recipe.model.dtype, recipe.parallel.offload, selection.kind, accumulate
+        recipe.method.name, zero, recipe.model.dtype, recipe.parallel.offload, selection.kind, accumulate, sp, world
     )
     reasons = [
         ("processes", f"{world} = dp {dp} x sp {sp}" + _sp_reason(recipe, facts, sizes, chosen, candidates, budget_gb)),
@@ -84,6 +86,7 @@ def decide_layout(
         tuple(problems),
         tuple(refusals(combination, recipe, facts)),
         tuple(cautions(combination)),
+        choice_of(combination, recipe),
     )
 
 

@@ -151,8 +151,8 @@ def plan_run(
         *(Reason(name, text) for name, text in layout.reasons),
         *_step_reasons(spec),
     ]
-    hint = install_hint(selection.kind)
-    refusals = (*layout.refusals, *compile_refusals(spec.optim.compile, layout.zero_stage, options.compiler, hint))
+    hint, compiled = install_hint(selection.kind), spec.optim.compile
+    compiling = compile_refusals(compiled, layout.zero_stage, options.compiler, hint, layout.choice)
     return Plan(
         spec=spec,
         backend=options.backend,
@@ -161,7 +161,7 @@ def plan_run(
         nodes=options.nodes,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
-        refusals=tuple(_located(loaded, refusals)),
+        refusals=tuple(_located(loaded, (*layout.refusals, *compiling))),
         memory=memory,
         recipe_files=tuple(str(f) for f in loaded.files),
         command=options.command,
