@@ -18,7 +18,9 @@ def explain() -> None:
 def compatibility(
     choices: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CHOICE=VALUE]...", help="Only these, such as method=qlora zero=3 or offload=none,optimizer."),
+        typer.Argument(
+            metavar="[CHOICE=VALUE]...", help="Only these, such as method=qlora zero=3 or offload=none,optimizer."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

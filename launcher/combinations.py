@@ -80,6 +80,17 @@ def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None)
     return [*found, *(refusal(rule, choice) for rule in rules)]
 
 
+def refusals_anywhere(recipe: Recipe) -> list[Problem]:
+    """What no device could train, of the keys that leave nothing to decide."""
+    parallel = recipe.parallel
+    stage = 0 if parallel.zero == "auto" else parallel.zero
+    sp = 1 if parallel.sp == "auto" else parallel.sp
+    combination = Combination(recipe.method.name, stage, recipe.model.dtype, parallel.offload, "", 1, sp)
+    open_axes = ["device", "processes", *["zero"] * (parallel.zero == "auto"), *["sp"] * (parallel.sp == "auto")]
+    choice = {axis: value for axis, value in choice_of(combination, recipe).items() if axis not in open_axes}
+    return [refusal(rule, choice) for rule in broken(choice)]
+
+
 def refusal(rule: Rule, choice: Choice, whole: Choice | None = None, **numbers: Any) -> Problem:
     """A rule that holds for `choice`, ready to be printed. `whole`: where more is known, for the nearest that works."""
     values = {**choice, **numbers}
@@ -183,7 +194,9 @@ def cautions(combination: Combination) -> list[str]:
     held = [rule for rule in CAUTIONS if holds(rule, choice)]
     several = combination.accumulate > 1
     return [
-        rule.reason.format(**choice, accumulate=combination.accumulate) for rule in held if several or not rule.condition
+        rule.reason.format(**choice, accumulate=combination.accumulate)
+        for rule in held
+        if several or not rule.condition
     ]
 
 

@@ -42,7 +42,9 @@ def nearest(choice: Choice) -> list[dict[str, str]]:
     quantisation along, which counts as no change. What no change of these can cure is left as it is.
     """
     for axes in (_EASIEST_FIRST, (*_EASIEST_FIRST, *_OUTSIDE)):
-        hopeless = {rule.name for rule in broken(choice) if not any(_can_change(axis, choice, axes) for axis in rule.when)}
+        hopeless = {
+            rule.name for rule in broken(choice) if not any(_can_change(axis, choice, axes) for axis in rule.when)
+        }
         if all(rule.name in hopeless for rule in broken(choice)):
             continue
         for size in range(1, len(axes) + 1):
@@ -64,7 +66,9 @@ def _cures(choice: Choice, change: Mapping[str, str], allowed: set[str]) -> bool
 
 
 def _can_change(axis: str, choice: Choice, axes: Sequence[str]) -> bool:
-    return axis in axes and axis in choice and (axis != "quantisation" or choice[axis] != "stored" or "attention" in axes)
+    return (
+        axis in axes and axis in choice and (axis != "quantisation" or choice[axis] != "stored" or "attention" in axes)
+    )
 
 
 def _changes(choice: Choice, axes: Sequence[str], size: int) -> Iterator[dict[str, str]]:

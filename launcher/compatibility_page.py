@@ -8,7 +8,7 @@ from typing import Any
 
 from .compatibility import ON_CPU, Open, cells, count, every_value, holds, nearest, run_by, works
 from .compatibility_table import AXES, CAUTIONS, MANY, RULES, TRIALS, Axis, Rule
-from .errors import LaunchError, Problem, RecipeError
+from .errors import Problem, RecipeError
 
 MAX_CELLS = 10_000
 """So many combinations are listed one by one; more are only counted."""
@@ -39,7 +39,9 @@ def parse_filters(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
         unknown = [value for value in values if value not in axis.values]
         if unknown or axis.name in fixed:
             message = f"{axis.name} is given twice" if not unknown else f"{axis.name} is never {unknown[0] or 'empty'}"
-            problems.append(Problem(text, message, f"Allowed: {', '.join(axis.values)}; several with commas between them."))
+            problems.append(
+                Problem(text, message, f"Allowed: {', '.join(axis.values)}; several with commas between them.")
+            )
             continue
         fixed[axis.name] = tuple(value for value in axis.values if value in values)
     if problems:
@@ -153,7 +155,7 @@ def _run_lines(fixed: Open) -> list[str]:
     return lines
 
 
-def _narrowed(fixed: Open, more: Open) -> dict[str, Sequence[str]] | None:
+def _narrowed(fixed: Open, more: Open) -> Open | None:
     """Both together; None when nothing is left."""
     both = {axis: [v for v in values if v in more.get(axis, values)] for axis, values in every_value(fixed).items()}
     return both if all(both.values()) else None
@@ -189,7 +191,13 @@ def _rule_json(rule: Rule, fixed: Open) -> dict[str, Any]:
 def _cell_json(cell: dict[str, str]) -> dict[str, Any]:
     refused = [rule.name for rule in RULES if not rule.condition and holds(rule, cell)]
     found = nearest(cell) if refused else []
-    return {**cell, "works": not refused, "refused_by": refused, "nearest": found[:1], "run": "" if refused else run_by(cell)}
+    return {
+        **cell,
+        "works": not refused,
+        "refused_by": refused,
+        "nearest": found[:1],
+        "run": "" if refused else run_by(cell),
+    }
 
 
 _HEAD = """# Compatibility
@@ -212,14 +220,20 @@ reason, its source and the YAML lines that change least. How the numbers follow 
 def document() -> str:
     """docs/compatibility.md."""
     working, total = count({})
-    parts = [_HEAD, "## Choices\n\n", _table(["choice", "values", "recipe key", "meaning"], map(_axis_row, AXES.values()))]
+    parts = [
+        _HEAD,
+        "## Choices\n\n",
+        _table(["choice", "values", "recipe key", "meaning"], map(_axis_row, AXES.values())),
+    ]
     parts.append(f"{working:,} of the {total:,} combinations of these values work.\n\n## What is refused\n\n")
     parts.append(
         "What stands in no line works. *where ...*: numbers of the recipe, the model or the machine decide as well.\n\n"
     )
     parts.append(_table(["refused", "reason", "nearest that works", "source"], map(_rule_row, RULES)))
     parts.append("## What works with a warning\n\n")
-    parts.append(_table(["combination", "warning", "source"], ([when_text(r), _reason(r), _sources(r)] for r in CAUTIONS)))
+    parts.append(
+        _table(["combination", "warning", "source"], ([when_text(r), _reason(r), _sources(r)] for r in CAUTIONS))
+    )
     parts.append("## ZeRO stage, offload and dtype\n\nFor softmax attention without samples and `train.compile`:\n\n")
     parts.append(_table(["device", "method", *_GRID[:2], "fp32", "bf16", "fp16", "run"], _grid_rows()))
     return "".join([*parts, *_evidence()])
@@ -274,4 +288,7 @@ def _evidence() -> list[str]:
 
 def _table(head: list[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(text.replace('|', '/').replace(chr(10), ' ') for text in line)} |\n" for line in lines) + "\n"
+    return (
+        "".join(f"| {' | '.join(text.replace('|', '/').replace(chr(10), ' ') for text in line)} |\n" for line in lines)
+        + "\n"
+    )

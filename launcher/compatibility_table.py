@@ -113,7 +113,9 @@ _SOFTMAX_MODELS = (
 def _kind(kind: str, reason: str, source: Source) -> Rule:
     """A kind of attention that documents in one row do not allow."""
     own = Source("trainer/attention.py")
-    return Rule(f"{kind}-attention", {"attention": (kind,)}, "model.source", reason, (source, own), hint=_SOFTMAX_MODELS)
+    return Rule(
+        f"{kind}-attention", {"attention": (kind,)}, "model.source", reason, (source, own), hint=_SOFTMAX_MODELS
+    )
 
 
 _OF_QUANTISATION = (
@@ -123,7 +125,9 @@ _OF_QUANTISATION = (
         "method.double_quant",
         "a weight in 4 bits gets no gradient, so only adapters on top of it can be trained",
         (
-            Source("bitsandbytes==0.50.2 bitsandbytes/nn/modules.py:217", "quantized weights should be frozen by default"),
+            Source(
+                "bitsandbytes==0.50.2 bitsandbytes/nn/modules.py:217", "quantized weights should be frozen by default"
+            ),
             _transformers("trainer_utils.py:133", "You cannot perform fine-tuning on purely quantized models"),
         ),
     ),

@@ -128,7 +128,7 @@ def plan_run(
     needs = inputs_of(draft, facts) if facts else None
     layout = decide_layout(recipe, selection, facts, needs, budget_gb(selection, options.host_memory_gb))
     if layout.problems:
-        raise PlanError(_located(loaded, layout.problems))
+        raise PlanError(loaded.located(layout.problems))
     spec = _spec(loaded, selection, source, layout, run, options)
     spec = dataclasses.replace(spec, deepspeed=deepspeed_config(spec.model, spec.optim, spec.parallel))
     if facts and recipe.checkpoint.async_ == "auto":
@@ -161,7 +161,7 @@ def plan_run(
         nodes=options.nodes,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
-        refusals=tuple(_located(loaded, (*layout.refusals, *compiling))),
+        refusals=tuple(loaded.located((*layout.refusals, *compiling))),
         memory=memory,
         recipe_files=tuple(str(f) for f in loaded.files),
         command=options.command,
@@ -169,15 +169,6 @@ def plan_run(
         retry=RetryLimits() if options.debug else RetryLimits(**recipe.retry.model_dump()),
         hang_s=0 if options.debug else recipe.run.hang_s,
     )
-
-
-def _located(loaded: LoadedRecipe, problems: tuple[Problem, ...]) -> list[Problem]:
-    """Put file:line in front of the recipe key that each conflict names; a default has none."""
-    located = []
-    for p in problems:
-        origin = loaded.origins.get(p.where)
-        located.append(dataclasses.replace(p, where=f"{origin}: {p.where}" if origin else p.where))
-    return located
 
 
 def _spec(

@@ -84,7 +84,9 @@ def _check_combinations(tree: Node, found: Findings) -> None:
             continue
         axis = next(axis for axis in rule.when if AXES[axis].key == rule.key)
         others = [
-            f"{AXES[a].key} is {choice[a]} ({nodes[a].at if a in nodes else 'the default'})" for a in rule.when if a != axis
+            f"{AXES[a].key} is {choice[a]} ({nodes[a].at if a in nodes else 'the default'})"
+            for a in rule.when
+            if a != axis
         ]
         problem = refusal(rule, choice)
         message = f"{rule.key} {problem.message.partition(':')[0]}; {', '.join(others)}"
