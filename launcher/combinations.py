@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .compatibility import Choice, broken, holds, nearest, remedies, works
@@ -156,8 +156,16 @@ def _of_model(facts: ModelFacts | None) -> list[Problem]:
     for rule in found:
         named = refusal(rule, {"attention": rule.when["attention"][0]})
         message = f"{facts.model_type} cannot be trained: {named.message}"
-        problems.append(Problem(named.where, message, named.hint, source=named.source))
+        problems.append(replace(named, message=message))
     return problems
+
+
+def stored_refusals(method: str) -> list[Problem]:
+    """A base whose own files are quantised. `method`: "gptq", "awq" ...; "" where they are not."""
+    if not method:
+        return []
+    found = refusal(_BY_NAME["stored-quantisation"], {"quantisation": "stored"})
+    return [replace(found, message=f"{found.message} ({method})")]
 
 
 def _stretched(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:

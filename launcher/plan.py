@@ -31,7 +31,7 @@ from trainer.spec import (
     TrainSpec,
 )
 
-from .combinations import compile_refusals
+from .combinations import compile_refusals, stored_refusals
 from .compiler import install_hint
 from .errors import PlanError, Problem
 from .layout import Layout, decide_layout, simplest_layout
@@ -79,6 +79,8 @@ class Options:
     """What torch.compile would call on this machine; "" for nothing."""
     free_memory: tuple[FreeMemory, ...] = ()
     """Of the hosts that may carry training, where there are several."""
+    stored_as: str = ""
+    """How the model's own files are quantised; "" for not, or not known before the download."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def plan_run(
     ]
     hint, compiled = install_hint(selection.kind), spec.optim.compile
     compiling = compile_refusals(compiled, layout.zero_stage, options.compiler, hint, layout.choice)
+    refusals = (*stored_refusals(options.stored_as), *layout.refusals, *compiling)
     return Plan(
         spec=spec,
         backend=options.backend,
@@ -161,7 +164,7 @@ def plan_run(
         nodes=options.nodes,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
-        refusals=tuple(loaded.located((*layout.refusals, *compiling))),
+        refusals=tuple(loaded.located(refusals)),
         memory=memory,
         recipe_files=tuple(str(f) for f in loaded.files),
         command=options.command,
