@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .compatibility import Choice, broken, holds, nearest, remedies, works
-from .compatibility_table import AXES, CAUTIONS, MANY, RULES, Rule
+from .compatibility import Choice, applied, broken, holds, nearest, remedies, works
+from .compatibility_table import AXES, CAUTIONS, JOINED_WHILE_LOADING, MANY, RULES, Rule
 from .errors import Problem
 from .model_facts import ModelFacts
 from .recipe_schema import Recipe
@@ -75,6 +75,8 @@ def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None)
     """
     choice = choice_of(combination, recipe)
     found = [*_of_model(facts), *_stretched(recipe, facts)]
+    if joins_experts(facts) and combination.zero_stage == 3:
+        found.append(refusal(_BY_NAME["experts-under-stage-3"], choice))
     # The sizes of sp that devices and heads allow are a matter of numbers, told where those are known.
     rules = [rule for rule in broken(choice) if rule.key not in ("parallel.sp", "train.compile")]
     return [*found, *(refusal(rule, choice) for rule in rules)]
@@ -93,9 +95,9 @@ def refusals_anywhere(recipe: Recipe) -> list[Problem]:
 
 def refusal(rule: Rule, choice: Choice, whole: Choice | None = None, **numbers: Any) -> Problem:
     """A rule that holds for `choice`, ready to be printed. `whole`: where more is known, for the nearest that works."""
-    values = {**choice, **numbers}
-    hint = rule.hint.format(**values) if rule.hint else _remedies_text(rule, choice)
-    found = nearest(whole or choice) if not rule.hint else []
+    values, rules = {**choice, **numbers}, applied(rule)
+    hint = rule.hint.format(**values) if rule.hint else _remedies_text(rule, choice, rules)
+    found = nearest(whole or choice, rules) if not rule.hint else []
     return Problem(rule.key, rule.reason.format(**values), hint, change_lines(found[0]) if found else "", sources(rule))
 
 
@@ -109,10 +111,10 @@ def source_of(name: str) -> str:
     return sources(_BY_NAME[name])
 
 
-def _remedies_text(rule: Rule, choice: Choice) -> str:
+def _remedies_text(rule: Rule, choice: Choice, rules: Sequence[Rule]) -> str:
     """ "Write parallel.zero: 1 (or 2, 3), or model.dtype: bf16.", or "" where no single key is enough."""
     by_axis: dict[str, list[str]] = {}
-    for axis, value in remedies(rule, choice):
+    for axis, value in remedies(rule, choice, rules):
         by_axis.setdefault(axis, []).append(_written(axis, value)[1])
     parts = []
     for axis, (first, *others) in by_axis.items():
@@ -143,6 +145,11 @@ def _written(axis: str, value: str) -> tuple[str, str]:
     if axis == "quantisation":
         return (key, "true" if value == "nf4-double" else "false") if value.startswith("nf4") else ("", "")
     return (key, value) if key else ("", "")
+
+
+def joins_experts(facts: ModelFacts | None) -> bool:
+    """Whether the experts of this model are joined while it is loaded, which ZeRO-3 cannot do."""
+    return facts is not None and facts.model_type in JOINED_WHILE_LOADING
 
 
 def _of_model(facts: ModelFacts | None) -> list[Problem]:

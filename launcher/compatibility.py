@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .compatibility_table import AXES, MANY, RULES, TRIALS, Rule
 
@@ -35,34 +36,38 @@ def works(choice: Choice) -> bool:
     return not broken(choice)
 
 
-def nearest(choice: Choice) -> list[dict[str, str]]:
+def nearest(choice: Choice, rules: Sequence[Rule] = RULES) -> list[dict[str, str]]:
     """The smallest sets of changes after which `choice` works, the easiest first; empty when it works.
 
     Recipe keys alone are changed where they can help; else the devices or the model too. A method brings its own
     quantisation along, which counts as no change. What no change of these can cure is left as it is.
     """
     for axes in (_EASIEST_FIRST, (*_EASIEST_FIRST, *_OUTSIDE)):
-        hopeless = {
-            rule.name for rule in broken(choice) if not any(_can_change(axis, choice, axes) for axis in rule.when)
-        }
-        if all(rule.name in hopeless for rule in broken(choice)):
+        held = broken(choice, rules)
+        hopeless = {rule.name for rule in held if not any(_can_change(axis, choice, axes) for axis in rule.when)}
+        if all(rule.name in hopeless for rule in held):
             continue
         for size in range(1, len(axes) + 1):
-            found = [change for change in _changes(choice, axes, size) if _cures(choice, change, hopeless)]
+            found = [change for change in _changes(choice, axes, size) if _cures(choice, change, hopeless, rules)]
             if found:
                 return found
     return []
 
 
-def remedies(rule: Rule, choice: Choice) -> list[tuple[str, str]]:
+def remedies(rule: Rule, choice: Choice, rules: Sequence[Rule] = RULES) -> list[tuple[str, str]]:
     """(axis, value): each single change of a recipe key that ends this refusal and brings no other."""
-    known = {other.name for other in broken(choice)} - {rule.name}
-    changes = [change for change in _changes(choice, _EASIEST_FIRST, 1) if _cures(choice, change, known)]
+    known = {other.name for other in broken(choice, rules)} - {rule.name}
+    changes = [change for change in _changes(choice, _EASIEST_FIRST, 1) if _cures(choice, change, known, rules)]
     return [pair for change in changes for pair in change.items() if pair[0] != "quantisation" or len(change) == 1]
 
 
-def _cures(choice: Choice, change: Mapping[str, str], allowed: set[str]) -> bool:
-    return all(rule.name in allowed for rule in broken({**choice, **change}))
+def applied(rule: Rule) -> tuple[Rule, ...]:
+    """The table, for a case in which the numbers have decided that `rule` holds."""
+    return tuple(replace(other, condition="") if other.name == rule.name else other for other in RULES)
+
+
+def _cures(choice: Choice, change: Mapping[str, str], allowed: set[str], rules: Sequence[Rule]) -> bool:
+    return all(rule.name in allowed for rule in broken({**choice, **change}, rules))
 
 
 def _can_change(axis: str, choice: Choice, axes: Sequence[str]) -> bool:

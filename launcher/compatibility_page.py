@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .compatibility import ON_CPU, Open, cells, count, every_value, holds, nearest, run_by, works
+from .compatibility import ON_CPU, Open, applied, cells, count, every_value, holds, nearest, run_by, works
 from .compatibility_table import AXES, CAUTIONS, MANY, RULES, TRIALS, Axis, Rule
 from .errors import Problem, RecipeError
 
@@ -135,7 +135,7 @@ def nearest_within(rule: Rule, fixed: Open) -> list[dict[str, str]]:
     decided = {axis: values[0] for axis, values in fixed.items() if len(values) == 1}
     values = every_value(fixed)
     named = {axis: [v for v in wanted if v in values[axis]][-1] for axis, wanted in rule.when.items()}
-    return nearest({**decided, **named}) if named and not rule.condition else []
+    return nearest({**decided, **named}, applied(rule)) if named else []
 
 
 def _change_text(change: Mapping[str, str]) -> str:

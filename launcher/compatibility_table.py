@@ -22,6 +22,33 @@ MANY = ">1"
 """Two or more: how many processes, or how many of them share a row."""
 
 
+JOINED_WHILE_LOADING = frozenset(
+    [
+        "afmoe",
+        "aria_text",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "granitemoe",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "minimax_m2",
+        "mixtral",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "solar_open",
+    ]
+)
+"""model_type of mixtures of experts whose files hold them otherwise than transformers: one by one, or under other names."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One choice. Values are texts, and neighbours stand in for one another best."""
@@ -196,6 +223,17 @@ _OF_ZERO = (
             Source("https://huggingface.co/docs/peft/accelerate/deepspeed"),
         ),
         tried=False,
+    ),
+    Rule(
+        "experts-under-stage-3",
+        {"zero": ("3",)},
+        "parallel.zero",
+        "the files hold its experts in another form than the model, which ZeRO-3 cannot change while it loads piece by piece",
+        (
+            _transformers("conversion_mapping.py:368", "MergeModulelist(dim=0)"),
+            Source("trainer/sharded_load.py"),
+        ),
+        condition="the model is a mixture of experts (Mixtral, Qwen2/3-MoE, DeepSeek-V2/V3 ...)",
     ),
     Rule(
         "samples-under-stage-3",

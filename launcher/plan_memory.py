@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from cluster.inventory import Selection
 from trainer.spec import TrainSpec
 
-from .combinations import on_or_off
+from .combinations import joins_experts, on_or_off
 from .compatibility import works
 from .compatibility_table import AXES
 from .memory import MemoryEstimate, MemoryInputs, checkpoint_copy, estimate, inputs_of
@@ -67,7 +67,8 @@ def memory_warnings(
         "compile": on_or_off(spec.optim.compile),
         "dtype": spec.model.dtype,
     }
-    max_zero_stage = max(int(stage) for stage in AXES["zero"].values if works({**rest, "zero": stage}))
+    stages = AXES["zero"].values[:3] if joins_experts(facts) else AXES["zero"].values
+    max_zero_stage = max(int(stage) for stage in stages if works({**rest, "zero": stage}))
     for name, has in tight:
         if needs > has:
             change = smallest_change(inputs_of(spec, facts), has, host_gb, max_zero_stage)

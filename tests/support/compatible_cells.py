@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,8 @@ class Runs:
     folder: Path
     losses: dict[str, dict[int, float]]
     """Name of a cell -> step -> loss."""
+    skipped: dict[str, list[int]]
+    """Name of a cell -> steps that changed no weight: fp16 finds its loss scale so."""
     samples: dict[str, list[int]]
     """Name of a cell -> the steps at which it answered."""
 
@@ -123,7 +126,7 @@ def run_cells(folder: Path, wanted: Iterable[Cell]) -> Runs:
     plans: dict[str, list[Path]] = {"1": [], MANY: []}
     for name, cell in cells.items():
         plans[cell["processes"]].append(_planned(folder, name, cell, models[cell["attention"]], prepared))
-    found = Runs(folder, {}, {})
+    found = Runs(folder, {}, {}, {})
     alone = [plans["1"][i::2] for i in range(2)]
     with ThreadPoolExecutor(2) as both:
         list(both.map(lambda i: _carry_out(folder / f"alone_{i}", 1, alone[i], found), range(2)))
@@ -138,7 +141,10 @@ def check(runs: Runs, cell: Cell) -> None:
     for step, loss in own.items():
         assert math.isfinite(loss)
         assert loss == pytest.approx(alone[step], rel=TOLERANCE[cell["dtype"]]), f"{name_of(cell)}, step {step}"
-        assert loss == pytest.approx(whole[step], rel=ROUNDING), f"{name_of(cell)}, step {step}, against fp32"
+        if not any(before < step for before in runs.skipped[name_of(cell)]):
+            assert loss == pytest.approx(whole[step], rel=ROUNDING), f"{name_of(cell)}, step {step}, against fp32"
+    assert runs.skipped[name_of(cell)] == runs.skipped[name_of(plain(cell))]
+    assert cell["dtype"] == "fp16" or not runs.skipped[name_of(cell)]
     assert runs.samples[name_of(cell)] == ([0, 1, 2] if cell["generation"] == "on" else [])
 
 
@@ -171,7 +177,10 @@ def _planned(folder: Path, name: str, cell: Cell, model: Path, prepared: dict[tu
     plan, _, run = make_plan(Request(str(recipe), None, processes, "torchrun", 1, folder / name, (), False))
     assert not plan.refusals, plan.refusals
     run.create()
-    write_json(run.plan, plan.to_dict())
+    # Two are at work at a time, each on a core of its own.
+    data = plan.to_dict()
+    data["spec"]["parallel"]["threads_per_process"] = 1
+    write_json(run.plan, data)
     key = (cell["attention"], cell["packing"])
     if key in prepared:
         shutil.copyfile(prepared[key] / "prepared.json", run.root / "prepared.json")
@@ -188,9 +197,13 @@ def _carry_out(folder: Path, num_processes: int, runs: Sequence[Path], found: Ru
         part = runs[first : first + AT_A_TIME]
         carry_out(folder, num_processes, [{"plan": str(run / "plan.json")} for run in part], timeout_s=1800)
         for run in part:
-            samples = run / "samples.jsonl"
-            answers = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+            rows = _lines(run / "metrics.jsonl")
             found.losses[run.name] = losses(run)
-            found.samples[run.name] = [json.loads(line)["step"] for line in answers]
+            found.skipped[run.name] = [row["step"] for row in rows if row["skipped"]]
+            found.samples[run.name] = [row["step"] for row in _lines(run / "samples.jsonl")]
             shutil.rmtree(run)
             run.with_name(f"{run.name}.yaml").unlink()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -14,6 +14,7 @@ import pytest
 
 from cluster.inventory import Device, Selection
 from launcher.combinations import Combination, compile_refusals, refusals, stored_refusals
+from launcher.compatibility_table import JOINED_WHILE_LOADING
 from launcher.errors import PlanError
 from launcher.layout import Layout, decide_layout
 from launcher.model_facts import ModelFacts, read_facts, stored_quantisation
@@ -190,3 +191,24 @@ def test_a_base_whose_files_are_quantised_is_refused(method: str | None, refused
         [("model.source", True, True)] if refused else []
     )
     assert not stored_quantisation(resolve_source("Qwen/Qwen2.5-0.5B", tmp_path))
+
+
+def test_experts_that_are_joined_while_loading_go_with_every_stage_but_three() -> None:
+    mixture = facts(model_type="qwen3_moe", num_experts=8)
+    (refusal,) = layout("cpu", "lora", 3, "bf16", "none", mixture).refusals
+    assert refusal.hint == "Write parallel.zero: 2 (or 1, 0)."
+    assert refusal.change == "parallel:\n  zero: 2"
+    (refusal,) = layout("cpu", "lora", 3, "bf16", "parameters", mixture).refusals
+    assert refusal.change == "parallel:\n  zero: 2\n  offload: optimizer"
+    for zero in (0, 1, 2, "auto"):
+        assert not layout("cpu", "lora", zero, "bf16", "none", mixture).refusals
+
+
+def test_families_whose_experts_are_joined_are_those_that_transformers_converts() -> None:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for family in JOINED_WHILE_LOADING:
+        assert "experts" in str(get_checkpoint_conversion_mapping(family)), family
+    for family in ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "jetmoe"):
+        assert not get_checkpoint_conversion_mapping(family)
+        assert family not in JOINED_WHILE_LOADING
