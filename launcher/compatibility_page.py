@@ -120,12 +120,12 @@ def _below(rule: Rule, fixed: Open) -> list[str]:
 
 def _hint(rule: Rule) -> str:
     """What else to do; "" where the nearest combination says it all."""
-    return "" if "attention" in rule.when else rule.hint.format(limit="that length")
+    return "" if "attention" in rule.when else rule.hint.format(limit="L")
 
 
 def _reason(rule: Rule) -> str:
     """The reason without the values of one run."""
-    numbers = {"length": "more", "limit": "a limit of the model", "accumulate": "several"}
+    numbers = {"length": "N", "limit": "L", "accumulate": "several"}
     values = {axis: " or ".join(wanted) for axis, wanted in rule.when.items()}
     return rule.reason.format(**{**values, **numbers})
 
@@ -143,16 +143,15 @@ def _change_text(change: Mapping[str, str]) -> str:
 
 
 def _run_lines(fixed: Open) -> list[str]:
-    lines = ["what has been run"]
+    lines = ["what shows it"]
     cpu = _narrowed(fixed, ON_CPU)
-    if cpu is not None:
-        lines.append(f"      cpu, without compile: all {count(cpu)[0]:,} that work, two steps each (make matrix)")
-        lines.append("      cpu: a part of them in which every two values that go together meet (make test)")
+    if cpu is not None and (working := count(cpu)[0]):
+        lines.append(f"      cpu without compile: two steps of each of the {working:,} that work, by `make matrix`")
+        lines.append("      and by `make test` of so many that every two values that go together meet")
     for trial in TRIALS:
         if all(value in every_value(fixed)[axis] for axis, value in trial.choice.items()):
             lines.append(f"      cuda: on {trial.where}: {_change_text(trial.choice)}")
-    lines.append("      everything else has not been run here")
-    return lines
+    return [*lines, f"      {'nothing else' if lines[1:] else 'none of these'} has been run here"]
 
 
 def _narrowed(fixed: Open, more: Open) -> Open | None:
@@ -277,13 +276,14 @@ def _grid_run(chosen: Mapping[str, str]) -> str:
 def _evidence() -> list[str]:
     working = count(ON_CPU)[0]
     lines = [
-        "Rows of which no number format works are left out.\n\n## What has been run\n\n",
+        "Rows of which no number format works are left out.\n\n## What shows it\n\n",
         f"* On CPU processes: every one of the {working:,} combinations that work, without `train.compile`, for two steps on a random\n"
-        "  two-layer model, its losses compared with one whole process's in fp32 (`make matrix`); `make test` runs so many of them that\n"
+        "  two-layer model, its losses compared with one plain process's (`make matrix`); `make test` runs so many of them that\n"
         "  every two values that go together meet at least once.\n",
     ]
     lines += [f"* On CUDA: `{_change_text(trial.choice)}`, on {trial.where}.\n" for trial in TRIALS]
-    return [*lines, "* Everything else on CUDA has not been run here: by the table it works, by no run.\n"]
+    rest = "* Nothing else has been run here: what the table does not refuse of CUDA and `train.compile` follows from the sources alone.\n"
+    return [*lines, rest]
 
 
 def _table(head: list[str], rows: Iterable[Sequence[str]]) -> str:
