@@ -149,7 +149,7 @@ def _written(axis: str, value: str) -> tuple[str, str]:
 
 def joins_experts(facts: ModelFacts | None) -> bool:
     """Whether the experts of this model are joined while it is loaded, which ZeRO-3 cannot do."""
-    return facts is not None and facts.model_type in JOINED_WHILE_LOADING
+    return facts is not None and facts.num_experts > 0 and facts.model_type in JOINED_WHILE_LOADING
 
 
 def _of_model(facts: ModelFacts | None) -> list[Problem]:

@@ -202,6 +202,8 @@ def test_experts_that_are_joined_while_loading_go_with_every_stage_but_three() -
     assert refusal.change == "parallel:\n  zero: 2\n  offload: optimizer"
     for zero in (0, 1, 2, "auto"):
         assert not layout("cpu", "lora", zero, "bf16", "none", mixture).refusals
+    dense = facts(model_type="deepseek_v3", num_experts=0)
+    assert not layout("cpu", "lora", 3, "bf16", "none", dense).refusals
 
 
 def test_families_whose_experts_are_joined_are_those_that_transformers_converts() -> None:
