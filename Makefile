@@ -15,7 +15,7 @@ help:
 	@echo "make test-cluster  train over several hosts: network namespaces of this machine (needs root, iproute2, sshd, openssl)"
 	@echo "make test-gpu      run what needs a CUDA device"
 	@echo "make chaos         kill a saving run 200 times, fill its disk, break hosts and networks under runs; writes docs/chaos*.md"
-	@echo "make matrix        every method, ZeRO stage and dtype on a real model, and the demo on every backend"
+	@echo "make matrix        every method, ZeRO stage and dtype on a real model, every combination that works on CPU, the demo on every backend"
 	@echo "make bench         time this project against its peers on this machine (about 30 minutes; benchmarks/README.md)"
 	@echo "make check         format, lint, types, unit and architecture tests (under a minute)"
 	@echo "make clean         remove .venv"

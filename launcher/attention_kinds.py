@@ -10,21 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-FULL = "full"
-SLIDING = "sliding window"
-CHUNKED = "chunked"
-LATENT = "latent"
-RECURRENT = "recurrent"
-SINKS = "sinks"
-SOFTCAPPED = "softcapped"
-SPARSE = "sparse"
+from .compatibility_table import AXES, CHUNKED, FULL, LATENT, RECURRENT, RULES, SINKS, SLIDING, SOFTCAPPED, SPARSE
 
 REFUSED: dict[str, str] = {
-    CHUNKED: "its chunked attention cuts a row at fixed positions, also inside a document",
-    RECURRENT: "its recurrent layers (linear attention, Mamba or convolution) carry one document of a row into the next",
-    SINKS: "its attention has sinks, which packed attention does not compute",
-    SOFTCAPPED: "its attention scores are capped (attn_logit_softcapping), which packed attention does not do",
-    SPARSE: "its sparse attention picks positions by an index that does not stop at the end of a document",
+    kind: rule.reason for kind in AXES["attention"].values for rule in RULES if rule.when == {"attention": (kind,)}
 }
 """Kind of attention -> why such a model is not trained."""
 

@@ -17,6 +17,7 @@ from trainer.spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, TrainEr
 
 from .cli_cluster import app as cluster_app
 from .cli_data import app as data_app
+from .cli_explain import app as explain_app
 from .cli_recipes import app as recipes_app
 from .cli_runs import ForceKey, Sets
 from .cli_runs import app as runs_app
@@ -35,6 +36,7 @@ app.add_typer(recipes_app, name="recipes", help="List, show, copy and check reci
 app.add_typer(data_app, name="data", help="Look at a recipe's data as the model will.")
 app.add_typer(runs_app, name="runs", help="List, show, watch, stop and resume runs.")
 app.add_typer(cluster_app, name="cluster", help="Check that the hosts of a run fit together.")
+app.add_typer(explain_app, name="explain", help="Explain what works together, and why not.")
 app.add_typer(verify_app, name="verify", help="Check that a layout computes what a simpler one does.")
 
 RecipeArg = Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe.", metavar="RECIPE")]

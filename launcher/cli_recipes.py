@@ -10,7 +10,7 @@ import typer
 
 from trainer.turn_templates import turn_templates
 
-from .errors import LaunchError
+from .errors import LaunchError, RecipeError
 from .recipe_library import copy, find, list_recipes, shipped_names
 from .recipe_yaml import shown
 
@@ -108,10 +108,13 @@ def schema() -> None:
 @app.command()
 def check(file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe.")], sets: SetOption = None) -> None:
     """Check a recipe and the files that it names, without a device. Raises RecipeError with every mistake."""
+    from .combinations import refusals_anywhere
     from .recipe import load_recipe
 
     loaded = load_recipe(Path(file), sets or ())
     recipe = loaded.recipe
+    if refused := refusals_anywhere(recipe):
+        raise RecipeError(loaded.located(refused))
     for note in loaded.notes:
         typer.echo(f"note: {note}")
     files = ", ".join(shown(Path(f.path)) for f in recipe.data.files)

@@ -1,19 +1,23 @@
-"""Which of method x ZeRO stage x dtype x offload can be trained on a device, and the nearest that can. Pure.
-
-Stage by stage from DeepSpeed's engine (runtime/engine.py, `_configure_optimizer` and what it calls).
-"""
+"""What the table of combinations says of one recipe on its devices: refusals with their remedies, and cautions. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from .attention_kinds import REFUSED
+from .compatibility import Choice, applied, broken, holds, nearest, remedies, works
+from .compatibility_table import AXES, CAUTIONS, JOINED_WHILE_LOADING, MANY, RULES, Rule
 from .errors import Problem
 from .model_facts import ModelFacts
 from .recipe_schema import Recipe
 
-OFFLOAD_STAGES = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}
+OFFLOAD_STAGES = {
+    offload: tuple(int(stage) for stage in AXES["zero"].values if works({"offload": offload, "zero": stage}))
+    for offload in AXES["offload"].values
+}
 """parallel.offload -> the ZeRO stages that do it."""
+_BY_NAME = {rule.name: rule for rule in RULES}
 
 
 @dataclass(frozen=True)
@@ -26,36 +30,149 @@ class Combination:
     offload: str
     device: str
     accumulate: int
+    sp: int = 1
+    processes: int = 1
+
+
+def choice_of(combination: Combination, recipe: Recipe) -> dict[str, str]:
+    """The same as the table's choice. Attention is left out: a model may have several kinds."""
+    return {
+        "method": combination.method,
+        "quantisation": quantisation_of(combination.method, recipe.method.double_quant),
+        "zero": str(combination.zero_stage),
+        "offload": combination.offload,
+        "dtype": combination.dtype,
+        "sp": one_or_many(combination.sp),
+        "packing": on_or_off(recipe.data.packing),
+        "device": combination.device,
+        "processes": one_or_many(combination.processes),
+        "generation": on_or_off(recipe.evaluate.samples_every_steps),
+        "compile": on_or_off(recipe.train.compile),
+    }
+
+
+def quantisation_of(method: str, double_quant: bool) -> str:
+    """How a method holds the base."""
+    if method != "qlora":
+        return "none"
+    return "nf4-double" if double_quant else "nf4"
+
+
+def one_or_many(number: int) -> str:
+    """The table's word for how many processes there are."""
+    return "1" if number == 1 else MANY
+
+
+def on_or_off(value: object) -> str:
+    """The table's word for a switch, or for a number of steps that is not 0."""
+    return "on" if value else "off"
 
 
 def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
-    """Why this plan may be looked at but not started; each hint names the nearest combination that works."""
-    return [
-        *_model(facts),
-        *_stretched(recipe, facts),
-        *_scaled(combination),
-        *_offload(combination),
-        *_samples(combination, recipe),
-    ]
+    """Why this plan may be looked at but not started; each names the nearest combination that works.
+
+    `compile_refusals` and `sequence_parallel.size_problem` have the rest: they depend on the machine and on numbers.
+    """
+    choice = choice_of(combination, recipe)
+    found = [*_of_model(facts), *_stretched(recipe, facts)]
+    if joins_experts(facts) and combination.zero_stage == 3:
+        found.append(refusal(_BY_NAME["experts-under-stage-3"], choice))
+    # The sizes of sp that devices and heads allow are a matter of numbers, told where those are known.
+    rules = [rule for rule in broken(choice) if rule.key not in ("parallel.sp", "train.compile")]
+    return [*found, *(refusal(rule, choice) for rule in rules)]
 
 
-def _model(facts: ModelFacts | None) -> list[Problem]:
+def refusals_anywhere(recipe: Recipe) -> list[Problem]:
+    """What no device could train, of the keys that leave nothing to decide."""
+    parallel = recipe.parallel
+    stage = 0 if parallel.zero == "auto" else parallel.zero
+    sp = 1 if parallel.sp == "auto" else parallel.sp
+    combination = Combination(recipe.method.name, stage, recipe.model.dtype, parallel.offload, "", 1, sp)
+    open_axes = ["device", "processes", *["zero"] * (parallel.zero == "auto"), *["sp"] * (parallel.sp == "auto")]
+    choice = {axis: value for axis, value in choice_of(combination, recipe).items() if axis not in open_axes}
+    return [refusal(rule, choice) for rule in broken(choice)]
+
+
+def refusal(rule: Rule, choice: Choice, whole: Choice | None = None, **numbers: Any) -> Problem:
+    """A rule that holds for `choice`, ready to be printed. `whole`: where more is known, for the nearest that works."""
+    values, rules = {**choice, **numbers}, applied(rule)
+    hint = rule.hint.format(**values) if rule.hint else _remedies_text(rule, choice, rules)
+    found = nearest(whole or choice, rules) if not rule.hint else []
+    return Problem(rule.key, rule.reason.format(**values), hint, change_lines(found[0]) if found else "", sources(rule))
+
+
+def sources(rule: Rule) -> str:
+    """All sources of a rule on one line."""
+    return "; ".join(source.where for source in rule.sources)
+
+
+def source_of(name: str) -> str:
+    """The sources of the rule of that name, for refusals that are made where the numbers are."""
+    return sources(_BY_NAME[name])
+
+
+def _remedies_text(rule: Rule, choice: Choice, rules: Sequence[Rule]) -> str:
+    """ "Write parallel.zero: 1 (or 2, 3), or model.dtype: bf16.", or "" where no single key is enough."""
+    by_axis: dict[str, list[str]] = {}
+    for axis, value in remedies(rule, choice, rules):
+        by_axis.setdefault(axis, []).append(_written(axis, value)[1])
+    parts = []
+    for axis, (first, *others) in by_axis.items():
+        key = "method" if axis == "method" else _written(axis, first)[0]
+        parts.append(f"{key}: {first}" + (f" (or {', '.join(others)})" if others else ""))
+    return f"Write {', or '.join(parts)}." if parts else ""
+
+
+def change_lines(change: Mapping[str, str]) -> str:
+    """A change as lines of a recipe."""
+    sections: dict[str, list[str]] = {}
+    for axis, value in change.items():
+        key, written = _written(axis, value)
+        if not written:
+            continue
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(f"  {name}: {written}")
+    return "\n".join(line for section, lines in sections.items() for line in (f"{section}:", *lines))
+
+
+def _written(axis: str, value: str) -> tuple[str, str]:
+    """(recipe key, value) for a value of an axis; ("", "") for what no key says by itself."""
+    key = AXES[axis].key
+    if axis == "generation":
+        return key, "0"
+    if axis in ("packing", "compile"):
+        return key, "true" if value == "on" else "false"
+    if axis == "quantisation":
+        return (key, "true" if value == "nf4-double" else "false") if value.startswith("nf4") else ("", "")
+    return (key, value) if key else ("", "")
+
+
+def joins_experts(facts: ModelFacts | None) -> bool:
+    """Whether the experts of this model are joined while it is loaded, which ZeRO-3 cannot do."""
+    return facts is not None and facts.num_experts > 0 and facts.model_type in JOINED_WHILE_LOADING
+
+
+def _of_model(facts: ModelFacts | None) -> list[Problem]:
     """Families whose attention packed rows do not allow, and those whose code fits no current transformers."""
     if facts is None:
         return []
     if facts.model_type == "internlm2":
-        hint = (
-            "InternLM's own tools/convert2llama.py (github.com/InternLM/InternLM) writes the same weights in Llama's format:\n"
-            "run it once and give its output folder as model.source; the rest of the recipe stays as it is."
-        )
-        message = "transformers has no InternLM2, and the code beside its weights fits version 4"
-        return [Problem("model.source", message, hint)]
-    hint = (
-        "What works: models whose layers are all softmax attention, with or without a sliding window, such as\n"
-        "Qwen2.5, Qwen3, Llama 3, Mistral, Gemma 3 and SmolLM2."
-    )
-    reasons = [REFUSED[kind] for kind in facts.attention if kind in REFUSED]
-    return [Problem("model.source", f"{facts.model_type} cannot be trained: {reason}", hint) for reason in reasons]
+        return [refusal(_BY_NAME["internlm2-code"], {})]
+    found = [rule for kind in facts.attention for rule in broken({"attention": kind})]
+    problems = []
+    for rule in found:
+        named = refusal(rule, {"attention": rule.when["attention"][0]})
+        message = f"{facts.model_type} cannot be trained: {named.message}"
+        problems.append(replace(named, message=message))
+    return problems
+
+
+def stored_refusals(method: str) -> list[Problem]:
+    """A base whose own files are quantised. `method`: "gptq", "awq" ...; "" where they are not."""
+    if not method:
+        return []
+    found = refusal(_BY_NAME["stored-quantisation"], {"quantisation": "stored"})
+    return [replace(found, message=f"{found.message} ({method})")]
 
 
 def _stretched(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
@@ -63,75 +180,39 @@ def _stretched(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
     length = recipe.data.max_length * recipe.train.micro_batch
     if facts is None or not 0 < facts.stretches_beyond < length:
         return []
-    limit = facts.stretches_beyond
-    message = (
-        f"rows of {length} tokens (max_length x micro_batch) are longer than {limit}, where this model's rotary positions "
-        "change for all documents of a row at once: packed rows would not equal single ones"
-    )
-    return [Problem("data.max_length", message, f"Keep data.max_length x train.micro_batch at or below {limit}.")]
+    return [refusal(_BY_NAME["stretched-positions"], {}, length=length, limit=facts.stretches_beyond)]
 
 
-def _scaled(combination: Combination) -> list[Problem]:
-    """DeepSpeed 0.19.8 scales the loss for ZeRO's optimizers only, and divides by the scale for stage 0 as well."""
-    if combination.dtype != "fp16" or combination.zero_stage != 0:
-        return []
-    message = "stage 0 does not scale the loss for fp16, so its gradients would be wrong"
-    return [Problem("parallel.zero", message, "Write parallel.zero: 1 (or 2, 3), or model.dtype: bf16.")]
+def compile_refusals(
+    wanted: bool, zero_stage: int, compiler: str, hint: str, whole: Choice | None = None
+) -> list[Problem]:
+    """torch.compile where it cannot help, or without a compiler (`compiler`: its path, or ""; `hint`: how to get one).
 
-
-def _offload(combination: Combination) -> list[Problem]:
-    offload, stage = combination.offload, combination.zero_stage
-    # DeepSpeed moves parameters, and the constants of 4-bit weights are none.
-    packed = combination.method == "qlora" and combination.device == "cuda"
-    if stage not in OFFLOAD_STAGES[offload]:
-        if offload == "optimizer":
-            message = "optimizer needs ZeRO stage 1, 2 or 3: stage 0 has no shards to move"
-            hint = "Write parallel.zero: 1 (or 2, 3), or parallel.offload: none."
-        else:
-            message = f"parameters needs ZeRO stage 3: stage {stage} keeps the weights whole on the device"
-            other = f"parallel.offload: {'optimizer' if stage else 'none'}"
-            hint = f"Write {other}." if packed else f"Write parallel.zero: 3, or {other}."
-        return [Problem("parallel.offload", message, hint)]
-    if packed and offload == "parameters":
-        message = "parameters is not for 4-bit weights on a GPU: their constants are no parameters, and are not moved"
-        return [Problem("parallel.offload", message, "Write parallel.offload: optimizer, or method: lora.")]
-    return []
-
-
-def _samples(combination: Combination, recipe: Recipe) -> list[Problem]:
-    if combination.zero_stage != 3 or not recipe.evaluate.samples_every_steps:
-        return []
-    where = "evaluate.samples_every_steps"
-    message = "no rank holds the whole model under ZeRO-3, so it cannot answer while it trains"
-    other = "" if combination.offload == "parameters" else ", or parallel.zero: 2"
-    return [Problem(where, message, f"Write {where}: 0{other}; the report has the answers before and after.")]
-
-
-def compile_refusals(wanted: bool, zero_stage: int, compiler: str, hint: str) -> list[Problem]:
-    """torch.compile where it cannot help, or without a compiler (`compiler`: its path, or ""; `hint`: how to get one)."""
-    if wanted and zero_stage == 3:
-        message = "ZeRO-3 gathers weights between the parts of a layer, which breaks it into pieces that compile anew"
-        return [Problem("train.compile", message, "Write train.compile: false, or parallel.zero: 2.")]
-    if not wanted or compiler:
-        return []
-    return [Problem("train.compile", "torch.compile needs a compiler, and this machine has none on its PATH", hint)]
+    `whole`: the run's whole choice, where it is known.
+    """
+    choice = {"compile": on_or_off(wanted), "zero": str(zero_stage)}
+    found = [refusal(rule, choice, whole) for rule in broken(choice)]
+    missing = _BY_NAME["compile-without-compiler"]
+    if found or compiler or not holds(missing, choice):
+        return found
+    return [Problem(missing.key, missing.reason, hint, change_lines({"compile": "off"}), sources(missing))]
 
 
 def cautions(combination: Combination) -> list[str]:
     """What works but is worth a line."""
-    found = []
-    dtype = combination.dtype
-    if dtype == "fp16" and combination.device == "cpu":
-        text = "model.dtype fp16 on a CPU: slower than bf16 (7 times where there are bf16 units)"
-        found.append(f"{text}, which needs no loss scale either")
-    if combination.zero_stage == 0 and dtype == "bf16" and combination.accumulate > 1:
-        text = f"ZeRO stage 0 adds up the gradients of {combination.accumulate} micro batches in bf16"
-        found.append(f"{text}, where small ones are lost; parallel.zero: 1 adds them up in fp32")
-    if combination.offload != "none" and combination.device == "cpu":
-        found.append(
-            f"parallel.offload {combination.offload}: this run computes on the CPU, so it costs copies and saves nothing"
-        )
-    return found
+    choice = {
+        "zero": str(combination.zero_stage),
+        "dtype": combination.dtype,
+        "offload": combination.offload,
+        "device": combination.device,
+    }
+    held = [rule for rule in CAUTIONS if holds(rule, choice)]
+    several = combination.accumulate > 1
+    return [
+        rule.reason.format(**choice, accumulate=combination.accumulate)
+        for rule in held
+        if several or not rule.condition
+    ]
 
 
 def offload_reason(combination: Combination) -> str:

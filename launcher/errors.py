@@ -27,6 +27,17 @@ class Problem:
     """"recipes/q.yaml:14:3", "--set train.epochs=x" or "--gpus 0,0"."""
     message: str
     hint: str = ""
+    change: str = ""
+    """YAML lines of a recipe with which it works, the nearest ones."""
+    source: str = ""
+    """Where the reason can be checked."""
+
+    def explained(self) -> list[str]:
+        """The lines below the message: what to do, the YAML lines, the source."""
+        lines = self.hint.splitlines()
+        if self.change:
+            lines += ["Nearest that works:", *(f"    {line}" for line in self.change.splitlines())]
+        return [*lines, f"Source: {self.source}"] if self.source else lines
 
 
 def _position(problem: Problem) -> list[tuple[int, str]]:
@@ -43,7 +54,7 @@ class RecipeError(LaunchError):
         lines = []
         for p in self.problems:
             lines.append(f"{p.where}: {p.message}")
-            lines.extend(f"    {line}" for line in p.hint.splitlines())
+            lines.extend(f"    {line}" for line in p.explained())
         super().__init__("\n".join(lines))
 
 
@@ -55,5 +66,5 @@ class PlanError(LaunchError):
         lines = []
         for p in problems:
             lines.append(f"{p.where}: {p.message}")
-            lines.extend(f"    {line}" for line in p.hint.splitlines())
+            lines.extend(f"    {line}" for line in p.explained())
         super().__init__("\n".join(lines))

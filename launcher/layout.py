@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.inventory import Selection
 
-from .combinations import OFFLOAD_STAGES, Combination, cautions, offload_reason, refusals
+from .combinations import (
+    OFFLOAD_STAGES,
+    Combination,
+    cautions,
+    choice_of,
+    joins_experts,
+    offload_reason,
+    on_or_off,
+    refusals,
+)
+from .compatibility import works
 from .errors import Problem
 from .memory import MemoryInputs, estimate
 from .model_facts import ModelFacts
@@ -35,6 +45,8 @@ class Layout:
     refusals: tuple[Problem, ...]
     """Combinations that can be planned but not trained."""
     warnings: tuple[str, ...]
+    choice: dict[str, str] = field(default_factory=dict)
+    """The combination in the words of compatibility_table.py."""
 
 
 def simplest_layout(selection: Selection) -> Layout:
@@ -58,7 +70,7 @@ def decide_layout(
     world = selection.num_processes
     problems: list[Problem] = []
     sizes = _sizes(recipe, selection, facts, problems)
-    stages = _stages(recipe, world)
+    stages = _stages(recipe, world, facts)
     candidates = _candidates(sizes, stages, world, memory) if budget_gb else []
     chosen = smallest_that_fits(candidates, budget_gb) if candidates else Candidate(sizes[0], stages[0], 0.0)
     sp, zero, dp = chosen.sp, chosen.zero_stage, world // chosen.sp
@@ -66,7 +78,7 @@ def decide_layout(
     if sp > 1:
         batch_reason += f": the {sp} processes of a group share their rows"
     combination = Combination(
-        recipe.method.name, zero, recipe.model.dtype, recipe.parallel.offload, selection.kind, accumulate
+        recipe.method.name, zero, recipe.model.dtype, recipe.parallel.offload, selection.kind, accumulate, sp, world
     )
     reasons = [
         ("processes", f"{world} = dp {dp} x sp {sp}" + _sp_reason(recipe, facts, sizes, chosen, candidates, budget_gb)),
@@ -84,6 +96,7 @@ def decide_layout(
         tuple(problems),
         tuple(refusals(combination, recipe, facts)),
         tuple(cautions(combination)),
+        choice_of(combination, recipe),
     )
 
 
@@ -100,13 +113,14 @@ def _sizes(recipe: Recipe, selection: Selection, facts: ModelFacts | None, probl
     return [wanted]
 
 
-def _stages(recipe: Recipe, world: int) -> list[int]:
+def _stages(recipe: Recipe, world: int, facts: ModelFacts | None) -> list[int]:
     """The ZeRO stages to choose from, in order of preference; never empty."""
     if recipe.parallel.zero != "auto":
         return [recipe.parallel.zero]
     if recipe.parallel.offload == "parameters":
         return list(OFFLOAD_STAGES["parameters"])
-    return [2] if world == 1 or recipe.evaluate.samples_every_steps else [2, 3]
+    rest = {"generation": on_or_off(recipe.evaluate.samples_every_steps), "compile": on_or_off(recipe.train.compile)}
+    return [2] if world == 1 or joins_experts(facts) or not works({**rest, "zero": "3"}) else [2, 3]
 
 
 def _candidates(sizes: list[int], stages: list[int], world: int, memory: MemoryInputs | None) -> list[Candidate]:

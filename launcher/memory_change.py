@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .combinations import OFFLOAD_STAGES
+from .compatibility import works
+from .compatibility_table import AXES
 from .memory import MemoryInputs, estimate
 from .sequence_parallel import allowed_sp
 
@@ -80,13 +81,11 @@ def _of_layout(inputs: MemoryInputs, max_zero_stage: int) -> Iterator[Candidate]
 
 def _of_offload(inputs: MemoryInputs, host_gb: float) -> Iterator[Candidate]:
     if inputs.offload == "none" and inputs.device == "cuda":
-        for what, allowed in OFFLOAD_STAGES.items():
-            if what == "none":
-                continue
+        for what in AXES["offload"].values[1:]:
             changed = replace(inputs, offload=what)
             needs = sum(t.gb for t in estimate(changed).host_terms) * inputs.shards
-            quantised = inputs.method == "qlora" and what == "parameters"
-            if inputs.zero_stage in allowed and needs <= host_gb and not quantised:
+            choice = {"method": inputs.method, "zero": str(inputs.zero_stage), "offload": what, "device": inputs.device}
+            if works(choice) and needs <= host_gb:
                 yield "parallel.offload", what, f"same result, slower steps, {needs:.0f} GB of CPU memory", changed
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "lora_parameters",
     "read_facts",
     "resolve_source",
+    "stored_quantisation",
 ]
 
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
@@ -381,3 +382,15 @@ def _largest(value: Any) -> int:
     """A GGUF number, or the largest of a per-layer list; 0 when it is absent."""
     numbers = value if isinstance(value, tuple) else (value,)
     return max((n for n in numbers if isinstance(n, int)), default=0)
+
+
+def stored_quantisation(ref: SourceRef, revision: str = "main") -> str:
+    """How a model folder's own files are quantised ("gptq", "awq", "fp8" ...); "" for not, or where only a download can tell.
+
+    Raises LaunchError for a damaged config.json. GGUF files are turned into 16 bits when they are prepared.
+    """
+    folder = Path(ref.location) if ref.kind == "folder" else None
+    if ref.kind in ("hub", "modelscope"):
+        folder = _cached_folder(ref, revision)
+    found = _read_json(folder / "config.json").get("quantization_config") if folder else None
+    return str(found.get("quant_method") or "") if isinstance(found, dict) else ""

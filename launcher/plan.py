@@ -30,7 +30,7 @@ from trainer.spec import (
     TrainSpec,
 )
 
-from .combinations import compile_refusals
+from .combinations import compile_refusals, stored_refusals
 from .compiler import install_hint
 from .errors import PlanError, Problem
 from .layout import Layout, decide_layout, simplest_layout
@@ -79,6 +79,8 @@ class Options:
     """What torch.compile would call on this machine; "" for nothing."""
     free_memory: tuple[FreeMemory, ...] = ()
     """Of the hosts that may carry training, where there are several."""
+    stored_as: str = ""
+    """How the model's own files are quantised; "" for not, or not known before the download."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def plan_run(
     needs = inputs_of(draft, facts) if facts else None
     layout = decide_layout(recipe, selection, facts, needs, budget_gb(selection, options.host_memory_gb))
     if layout.problems:
-        raise PlanError(_located(loaded, layout.problems))
+        raise PlanError(loaded.located(layout.problems))
     spec = _spec(loaded, selection, source, layout, run, options)
     spec = dataclasses.replace(spec, deepspeed=deepspeed_config(spec.model, spec.optim, spec.parallel))
     if facts and recipe.checkpoint.async_ == "auto":
@@ -152,8 +154,9 @@ def plan_run(
         *_step_reasons(spec),
         *(Reason("data", line) for line in loaded.sources),
     ]
-    hint = install_hint(selection.kind)
-    refusals = (*layout.refusals, *compile_refusals(spec.optim.compile, layout.zero_stage, options.compiler, hint))
+    hint, compiled = install_hint(selection.kind), spec.optim.compile
+    compiling = compile_refusals(compiled, layout.zero_stage, options.compiler, hint, layout.choice)
+    refusals = (*stored_refusals(options.stored_as), *layout.refusals, *compiling)
     return Plan(
         spec=spec,
         backend=options.backend,
@@ -162,7 +165,7 @@ def plan_run(
         nodes=options.nodes,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
-        refusals=tuple(_located(loaded, refusals)),
+        refusals=tuple(loaded.located(refusals)),
         memory=memory,
         recipe_files=tuple(str(f) for f in loaded.files),
         command=options.command,
@@ -170,15 +173,6 @@ def plan_run(
         retry=RetryLimits() if options.debug else RetryLimits(**recipe.retry.model_dump()),
         hang_s=0 if options.debug else recipe.run.hang_s,
     )
-
-
-def _located(loaded: LoadedRecipe, problems: tuple[Problem, ...]) -> list[Problem]:
-    """Put file:line in front of the recipe key that each conflict names; a default has none."""
-    located = []
-    for p in problems:
-        origin = loaded.origins.get(p.where)
-        located.append(dataclasses.replace(p, where=f"{origin}: {p.where}" if origin else p.where))
-    return located
 
 
 def _spec(

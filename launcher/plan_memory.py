@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from cluster.inventory import Selection
 from trainer.spec import TrainSpec
 
+from .combinations import joins_experts, on_or_off
+from .compatibility import works
+from .compatibility_table import AXES
 from .memory import MemoryEstimate, MemoryInputs, checkpoint_copy, estimate, inputs_of
 from .memory_change import smallest_change
 from .model_facts import ModelFacts
@@ -59,8 +62,13 @@ def memory_warnings(
     else:
         tight = [(f"device {d.index}", d.memory_free_gb) for d in selection.devices if d.memory_free_gb]
     warnings = []
-    # No rank could answer the samples under ZeRO-3.
-    max_zero_stage = 2 if spec.evaluate.samples_every_steps else 3
+    rest = {
+        "generation": on_or_off(spec.evaluate.samples_every_steps),
+        "compile": on_or_off(spec.optim.compile),
+        "dtype": spec.model.dtype,
+    }
+    stages = AXES["zero"].values[:3] if joins_experts(facts) else AXES["zero"].values
+    max_zero_stage = max(int(stage) for stage in stages if works({**rest, "zero": stage}))
     for name, has in tight:
         if needs > has:
             change = smallest_change(inputs_of(spec, facts), has, host_gb, max_zero_stage)

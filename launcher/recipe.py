@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from .errors import RecipeError
+from .errors import Problem, RecipeError
 from .recipe_checks import check_contradictions
 from .recipe_data import resolve_data, source_line, sources_of
 from .recipe_fields import fields, pattern
@@ -43,6 +43,11 @@ class LoadedRecipe:
     def name(self) -> str:
         """`run.name`, or the file's name without its suffix."""
         return self.recipe.run.name or self.files[0].stem.replace(" ", "_")
+
+    def located(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The same with file:line in front of the recipe key that each names; a default has none."""
+        origins = [(p, self.origins.get(p.where)) for p in problems]
+        return [replace(p, where=f"{origin}: {p.where}") if origin else p for p, origin in origins]
 
 
 def load_recipe(path: Path, sets: Sequence[str] = (), elsewhere: Sequence[Path] = ()) -> LoadedRecipe:

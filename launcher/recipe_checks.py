@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
+from .combinations import on_or_off, one_or_many, quantisation_of, refusal
+from .compatibility import broken
+from .compatibility_table import AXES, Axis
 from .recipe_fields import fields, readable
 from .recipe_layers import METHOD_KEYS_WITHOUT_USE, Findings, get
 from .recipe_yaml import Node
@@ -12,7 +16,7 @@ from .recipe_yaml import Node
 
 def check_contradictions(tree: Node, found: Findings) -> None:
     """Adds a problem for each contradiction among values that are valid by themselves."""
-    for check in (_check_length, _check_batch, _check_method, _check_offload, _check_revision, _check_betas):
+    for check in (_check_length, _check_batch, _check_method, _check_combinations, _check_revision, _check_betas):
         check(tree, found)
     _check_prompts(tree, found)
     _check_samples(tree, found)
@@ -73,19 +77,46 @@ def _check_method(tree: Node, found: Findings) -> None:
             found.add(node.key_at, message, "Remove the line, or change the method.")
 
 
-def _check_offload(tree: Node, found: Findings) -> None:
-    offload = _given(tree, "parallel.offload", found)
-    zero = _value(tree, "parallel.zero", found)
-    if not offload or zero in (None, "auto"):
-        return
-    zero_node = get(tree, "parallel.zero")
-    at = f" ({zero_node.at})" if zero_node else " (the default)"
-    if offload.value == "parameters" and zero != 3:
-        message = f"parallel.offload parameters needs ZeRO stage 3; parallel.zero is {zero}{at}"
-        found.add(offload.at, message, "Write zero: 3, or offload: optimizer.")
-    elif offload.value == "optimizer" and zero == 0:
-        message = f"parallel.offload optimizer needs ZeRO stage 1, 2 or 3; parallel.zero is 0{at}"
-        found.add(offload.at, message, "Write zero: 2, or offload: none.")
+def _check_combinations(tree: Node, found: Findings) -> None:
+    """Keys that the table of combinations does not allow together, whatever the devices are."""
+    nodes, choice = written_choice(tree, found)
+    for rule in broken(choice):
+        if not rule.contradiction:
+            continue
+        axis = next(axis for axis in rule.when if AXES[axis].key == rule.key)
+        others = [
+            f"{AXES[a].key} is {choice[a]} ({nodes[a].at if a in nodes else 'the default'})"
+            for a in rule.when
+            if a != axis
+        ]
+        problem = refusal(rule, choice)
+        message = f"{rule.key} {problem.message.partition(':')[0]}; {', '.join(others)}"
+        found.problems.append(replace(problem, where=str(nodes[axis].at), message=message))
+
+
+def written_choice(tree: Node, found: Findings) -> tuple[dict[str, Node], dict[str, str]]:
+    """(node of each axis of the table that the recipe writes, value of each that it decides, defaults included)."""
+    nodes: dict[str, Node] = {}
+    choice: dict[str, str] = {}
+    for axis in AXES.values():
+        value = _value(tree, axis.key, found) if axis.key else None
+        if value in (None, "auto"):
+            continue
+        if node := get(tree, axis.key):
+            nodes[axis.name] = node
+        choice[axis.name] = _word(axis, value)
+    if choice.get("method") not in (None, "qlora"):
+        choice["quantisation"] = "none"
+    return nodes, {axis: word for axis, word in choice.items() if word in AXES[axis].values}
+
+
+def _word(axis: Axis, value: Any) -> str:
+    """A value of a recipe as the table says it."""
+    if axis.name == "quantisation":
+        return quantisation_of("qlora", bool(value))
+    if axis.name == "sp":
+        return one_or_many(value)
+    return on_or_off(value) if axis.values == ("off", "on") else str(value)
 
 
 def _check_revision(tree: Node, found: Findings) -> None:

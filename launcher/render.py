@@ -39,7 +39,7 @@ def plan_page(plan: Plan) -> str:
     lines += [f"warning: {text}" for text in plan.warnings]
     for refusal in plan.refusals:
         lines += [f"cannot be started: {refusal.where}: {refusal.message}"]
-        lines += [f"    {line}" for line in refusal.hint.splitlines()]
+        lines += [f"    {line}" for line in refusal.explained()]
     return "\n".join(lines)
 
 

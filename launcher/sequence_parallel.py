@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .attention_kinds import LATENT, SLIDING
+from .attention_kinds import SLIDING
+from .combinations import source_of
+from .compatibility import broken
+from .compatibility_table import MANY, RULES, Rule
 from .errors import Problem
 from .model_facts import ModelFacts
 
 _MAX_SHOWN = 64
+_HEADS = next(rule for rule in RULES if rule.name == "shared-heads")
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,18 @@ class Candidate:
 def sizes_of_heads(facts: ModelFacts, largest: int) -> list[int]:
     """Sizes up to `largest` that the heads allow: they divide the query heads; they and the kv heads divide one another.
 
-    Latent attention (DeepSeek's) has keys and values of different sizes, which Ulysses does not send: 1 only.
+    1 only, where the model's attention cannot be shared at all.
     """
-    if LATENT in facts.attention:
+    if _unshared(facts):
         return [1]
     kv = facts.num_kv_heads
     return [n for n in range(1, largest + 1) if facts.num_heads % n == 0 and (kv % n == 0 or n % kv == 0)]
+
+
+def _unshared(facts: ModelFacts) -> Rule | None:
+    """The rule by which this model's attention is never shared."""
+    rules = [rule for kind in facts.attention for rule in broken({"sp": MANY, "attention": kind})]
+    return next((rule for rule in rules if "sp" in rule.when), None)
 
 
 def allowed_sp(world: int, facts: ModelFacts | None) -> list[int]:
@@ -52,18 +62,21 @@ def size_problem(wanted: int, world: int, facts: ModelFacts | None, flag: str) -
     processes = f"{world} process{'es' if world > 1 else ''}"
     nearest = min(allowed, key=lambda n: (abs(n - wanted), -n))
     hint = [f"Allowed with {processes}: {', '.join(map(str, allowed))}; write sp: {nearest}, or auto."]
+    change, source = f"parallel:\n  sp: {nearest}", source_of(_HEADS.name)
     if facts is None:
         hint.append("sp must divide the number of processes.")
-        return Problem("parallel.sp", f"sp {wanted} does not fit {processes}", "\n".join(hint))
-    if LATENT in facts.attention:
-        hint.append(f"The latent attention of {facts.model_type} has keys and values of different sizes.")
-        return Problem("parallel.sp", f"sp {wanted}: {facts.model_type} cannot share rows", "\n".join(hint))
-    hint.append("sp must divide the processes and the heads; sp and the kv heads must divide one another.")
+        return Problem("parallel.sp", f"sp {wanted} does not fit {processes}", "\n".join(hint), change, source)
+    unshared = _unshared(facts)
+    if unshared:
+        hint.append(f"{unshared.reason[0].upper()}{unshared.reason[1:]}.")
+        message = f"sp {wanted}: {facts.model_type} cannot share rows"
+        return Problem("parallel.sp", message, "\n".join(hint), change, source_of(unshared.name))
+    hint.append(f"{_HEADS.reason}.")
     others = [n for n in sizes_of_heads(facts, min(facts.num_heads, _MAX_SHOWN)) if n > 1 and n not in allowed]
     if others:
         starts = "; ".join(f"{flag}{n} with sp: {n}" for n in others[:3])
         hint.append(f"With other numbers of processes (or a multiple of them): {starts}.")
-    return Problem("parallel.sp", f"sp {wanted} does not fit {processes}{heads}", "\n".join(hint))
+    return Problem("parallel.sp", f"sp {wanted} does not fit {processes}{heads}", "\n".join(hint), change, source)
 
 
 def smallest_that_fits(candidates: Sequence[Candidate], budget_gb: float) -> Candidate:

@@ -94,7 +94,7 @@ def plan_placed(request: Request, placed: Placed) -> Any:
     from cluster.environment import environment_warnings
 
     from .compiler import find_compiler
-    from .model_facts import read_facts
+    from .model_facts import read_facts, stored_quantisation
     from .plan import Options, plan_run
 
     where, selection = placed.where, placed.where.selection
@@ -112,6 +112,7 @@ def plan_placed(request: Request, placed: Placed) -> Any:
         profile_steps=request.profile_steps,
         compiler=find_compiler(selection.kind, os.environ),
         free_memory=where.free_memory,
+        stored_as=stored_quantisation(placed.source, placed.loaded.recipe.model.revision),
     )
     plan = plan_run(placed.loaded, selection, placed.source, facts, placed.run, options)
     _check_profile(request.profile_steps, plan.spec.optim.max_steps)

@@ -42,6 +42,9 @@ if __name__ == "__main__":
         print("=====", json.dumps(work), flush=True)
         do(work)
         gc.collect()
+        if not gc.get_freeze_count():
+            # What was imported stays: looking through it after each training takes as long as a tiny one.
+            gc.freeze()
     print("===== done", flush=True)
     sys.stdout.flush()
     os._exit(0)

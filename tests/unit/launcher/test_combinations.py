@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from cluster.inventory import Device, Selection
-from launcher.combinations import Combination, compile_refusals, refusals
+from launcher.combinations import Combination, compile_refusals, refusals, stored_refusals
+from launcher.compatibility_table import JOINED_WHILE_LOADING
 from launcher.errors import PlanError
 from launcher.layout import Layout, decide_layout
-from launcher.model_facts import ModelFacts, read_facts
+from launcher.model_facts import ModelFacts, read_facts, stored_quantisation
 from launcher.model_source import resolve_source
 from launcher.plan import Options, Plan, plan_run
 from launcher.recipe import load_recipe
@@ -176,3 +178,39 @@ def test_refusals_of_a_plan_name_file_and_line(tmp_path: Path) -> None:
 def test_a_size_that_does_not_fit_names_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"r\.yaml:9: parallel\.sp: sp 3 does not fit 2 processes"):
         plan(tmp_path, 3)
+
+
+@pytest.mark.parametrize(("method", "refused"), [("gptq", True), ("awq", True), (None, False)])
+def test_a_base_whose_files_are_quantised_is_refused(method: str | None, refused: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}), encoding="utf-8")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    found = stored_refusals(stored_quantisation(resolve_source(str(folder), tmp_path)))
+    assert [(p.where, method in p.message, "16-bit weights" in p.hint) for p in found if method] == (
+        [("model.source", True, True)] if refused else []
+    )
+    assert not stored_quantisation(resolve_source("Qwen/Qwen2.5-0.5B", tmp_path))
+
+
+def test_experts_that_are_joined_while_loading_go_with_every_stage_but_three() -> None:
+    mixture = facts(model_type="qwen3_moe", num_experts=8)
+    (refusal,) = layout("cpu", "lora", 3, "bf16", "none", mixture).refusals
+    assert refusal.hint == "Write parallel.zero: 2 (or 1, 0)."
+    assert refusal.change == "parallel:\n  zero: 2"
+    (refusal,) = layout("cpu", "lora", 3, "bf16", "parameters", mixture).refusals
+    assert refusal.change == "parallel:\n  zero: 2\n  offload: optimizer"
+    for zero in (0, 1, 2, "auto"):
+        assert not layout("cpu", "lora", zero, "bf16", "none", mixture).refusals
+    dense = facts(model_type="deepseek_v3", num_experts=0)
+    assert not layout("cpu", "lora", 3, "bf16", "none", dense).refusals
+
+
+def test_families_whose_experts_are_joined_are_those_that_transformers_converts() -> None:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for family in JOINED_WHILE_LOADING:
+        assert "experts" in str(get_checkpoint_conversion_mapping(family)), family
+    for family in ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "jetmoe"):
+        assert not get_checkpoint_conversion_mapping(family)
+        assert family not in JOINED_WHILE_LOADING

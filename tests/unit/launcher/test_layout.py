@@ -192,3 +192,20 @@ def test_offload_says_that_no_compiler_is_needed() -> None:
     layout = decide_layout(recipe(parallel={"offload": "optimizer"}), gpus(2), facts())
     assert "no compiler needed" in dict(layout.reasons)["offload"]
     assert "offload" not in dict(decide_layout(recipe(), gpus(2), facts()).reasons)
+
+
+@pytest.mark.parametrize(
+    ("sections", "family", "stage"),
+    [
+        ({}, "llama", 3),
+        ({}, "mixtral", 2),
+        ({"train": {"compile": True}}, "llama", 2),
+        ({"evaluate": {"samples_every_steps": 5}}, "llama", 2),
+    ],
+)
+def test_auto_never_takes_a_stage_that_is_refused(sections: dict, family: str, stage: int) -> None:
+    """Although stage 2 does not fit."""
+    known = dataclasses.replace(facts(), model_type=family, num_experts=8 * (family == "mixtral"))
+    layout = decide_layout(recipe(**sections), gpus(4), known, memory(LARGE), 0.1)
+    assert layout.zero_stage == stage
+    assert not layout.refusals

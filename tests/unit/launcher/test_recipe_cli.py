@@ -81,3 +81,19 @@ def test_completion_offers_shipped_names() -> None:
 def test_importing_the_commands_costs_no_pydantic() -> None:
     code = "import sys, launcher.cli_recipes; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+
+
+def test_check_refuses_what_no_device_could_train(folder: Path) -> None:
+    lines = "model: {source: a/b, dtype: fp16}\nmethod: lora\ndata: d.jsonl\ntrain: {compile: true}\n"
+    (folder / "d.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    (folder / "r.yaml").write_text(f"{lines}parallel:\n  zero: 0\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        run("check", "r.yaml")
+    text = str(caught.value)
+    assert text.startswith("r.yaml:6: parallel.zero: stage 0 does not scale the loss for fp16")
+    assert "\n    Nearest that works:\n        parallel:\n          zero: 1\n    Source: deepspeed==" in text
+    (folder / "r.yaml").write_text(f"{lines}parallel:\n  zero: 3\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"r\.yaml:4: train\.compile: ZeRO-3 gathers weights"):
+        run("check", "r.yaml")
+    (folder / "r.yaml").write_text(lines, encoding="utf-8")
+    assert run("check", "r.yaml").startswith("ok: ")
