@@ -134,8 +134,12 @@ class Data(Section):
     """Longest document, and length of a packed row, in tokens."""
     packing: bool = True
     """Put several documents into one row; they never attend to each other."""
-    too_long: Literal["drop", "truncate"] = "truncate"
-    """What to do with a document over max_length: leave it out, or cut its end. Both are counted."""
+    learn: Literal["answers", "last", "all"] = "answers"
+    """Which tokens are learnt: every answer, the last answer alone, or all. Rows can leave single answers out."""
+    too_long: Literal["drop", "truncate", "split-turns"] = "truncate"
+    """What to do with a document over max_length: leave it out, cut its end, or make several of it, cut between its turns (text: anywhere). All are counted."""
+    max_cut_off: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of the rows that may have nothing left to learn once they are cut; more is an error."""
     max_rows: int = Field(default=0, ge=0)
     """Read only the first N rows of all sources together; 0 reads all."""
     held_out: float = Field(default=0.0, ge=0, lt=1)

@@ -27,6 +27,8 @@ _KEYS = {
     "data.template": "prompt_template chat_template template_map_fn",
     "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len model_max_length block_size seq_len max_tokens",
     "data.packing": "pack_to_max_length sample_packing neat_packing pack group_by_length",
+    "data.learn": "mask_history train_on_prompt train_on_inputs roles_to_train completion_only_loss assistant_only_loss loss_scale",
+    "data.too_long": "truncation_strategy truncation excess_length_strategy",
     "data.max_rows": "max_samples num_samples_per_dataset max_train_samples",
     "data.held_out": "val_size validation_split eval_split test_size val_set_size split_dataset_ratio",
     "data.held_out_files": "eval_dataset val_dataset validation_files eval_files test_datasets val_files",

@@ -60,10 +60,19 @@ class TokenWriter:
         """What the tokens of each document are, in 8 bytes."""
         self._sources = array("q")
 
-    def add(self, input_ids: Sequence[int], supervised: Sequence[int], file_index: int, line: int) -> None:
+    def add(
+        self,
+        input_ids: Sequence[int],
+        supervised: Sequence[int],
+        file_index: int,
+        line: int,
+        whole: Sequence[int] | None = None,
+    ) -> None:
+        """`whole`: tokens of the row that this is a part of; None: it is all of it. Documents of one row have one digest."""
         tokens = np.asarray(input_ids, dtype="<u4").tobytes()
         self._tokens.write(tokens)
-        self.digests += hashlib.blake2b(tokens, digest_size=8).digest()
+        named = tokens if whole is None or whole is input_ids else np.asarray(whole, dtype="<u4").tobytes()
+        self.digests += hashlib.blake2b(named, digest_size=8).digest()
         self._supervised.write(bytes(supervised))
         self.lengths.append(len(input_ids))
         self.labels.append(sum(map(bool, supervised[1:])))

@@ -59,6 +59,10 @@ class Counts:
     held_out: int = 0
     """Documents that are not trained on; `documents`, `tokens` and `supervised_tokens` are without them."""
     held_out_supervised_tokens: int = 0
+    cut_off: int = 0
+    """Of `unsupervised`, those that had something to learn before they were cut."""
+    split: int = 0
+    """Rows that became several documents (too_long: split-turns)."""
     held_out_but_seen: int = 0
     """Of `held_out`, those whose very tokens are trained on as well (data.held_out_files)."""
 
@@ -121,6 +125,8 @@ def summary(counts: Counts, num_rows: int, data: DataSpec) -> list[str]:
         lines.append(
             f"data: {counts.truncated:,} documents cut to {data.max_length:,} tokens ({counts.tokens_cut:,} tokens lost)"
         )
+    if counts.split:
+        lines.append(f"data: {counts.split:,} rows of more than {data.max_length:,} tokens split between their turns")
     if counts.dropped:
         lines.append(f"data: {counts.dropped:,} documents of more than {data.max_length:,} tokens left out")
     if counts.unsupervised:
@@ -207,6 +213,12 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
 
 
 def _require_documents(data: DataSpec, counts: Counts, held_out_counts: Counts) -> None:
+    if counts.documents and counts.cut_off > data.max_cut_off * counts.rows:
+        raise TrainError(
+            f"{counts.cut_off} of {counts.rows} rows have nothing left to learn once they are cut to max_length = "
+            f"{data.max_length}; data.max_cut_off allows {data.max_cut_off:.0%}",
+            "Raise data.max_length, split conversations (data.too_long: split-turns), leave long rows out (drop), or allow more.",
+        )
     if counts.documents == 0:
         raise _nothing_to_learn(counts, data, "the")
     if counts.held_out == 0 and data.held_out_files:
@@ -241,12 +253,28 @@ class _Encoder:
                 checked = True
             counts.rows += len(rows)
             for row, document in zip(rows, documents, strict=True):
-                self.rows_of_source[first + row.source_number] += 1
-                kept = _fit(document, self.data, counts)
-                if kept is not None:
-                    self._write(row, kept, first + row.source_number)
+                source = first + row.source_number
+                self.rows_of_source[source] += 1
+                for part in self._parts(row, document, counts):
+                    kept = _fit(part, self.data, counts)
+                    if kept is not None:
+                        self._write(row, kept, source, document)
+
+    def _parts(self, row: Row, document: Document, counts: Counts) -> list[Document]:
+        """The document, with what is to be learnt of it; several where it is too long and may be split."""
+        from .long_documents import split_turns, with_all_tokens
+
+        parts = [document]
+        if self.data.too_long == "split-turns" and len(document.input_ids) > self.data.max_length:
+            parts = list(split_turns(row, document, self.data.max_length, lambda part: self._documents([part])[0]))
+            counts.split += len(parts) > 1
+        return [with_all_tokens(part) for part in parts] if self.data.learn == "all" else parts
 
     def _documents(self, rows: list[Row]) -> list[Document]:
+        if self.data.learn == "last":
+            from .long_documents import with_last_answer_alone
+
+            rows = [with_last_answer_alone(row) for row in rows]
         for row in rows:
             _refuse_tools(row)
             if any(message.role == "system" for message in row.messages[1:]):
@@ -258,7 +286,8 @@ class _Encoder:
         made = iter(self.template.encode_rows([r for r in rows if r.input_ids is None], self.data.system))
         return [next(made) if r.input_ids is None else Document(list(r.input_ids), list(r.supervised)) for r in rows]
 
-    def _write(self, row: Row, document: Document, source: int) -> None:
+    def _write(self, row: Row, document: Document, source: int, whole: Document) -> None:
+        """`whole`: what it is a part of, so that parts of one row are held out together."""
         largest = max(document.input_ids)
         if largest >= self.vocabulary:
             hint = "The tokenizer does not belong to this model: give a model folder with its own tokenizer."
@@ -266,7 +295,7 @@ class _Encoder:
                 hint = "The tokens were made with another model's tokenizer: make them with this one's, or give text."
             raise TrainError(f"{row.source}: token {largest} is beyond the model's {self.vocabulary} embeddings", hint)
         number = self.files.setdefault(row.path, len(self.files))
-        self.writer.add(document.input_ids, document.supervised, number, row.line)
+        self.writer.add(document.input_ids, document.supervised, number, row.line, whole.input_ids)
         self.source_of_document.append(source)
 
 
@@ -331,7 +360,7 @@ def _check_identity(template: ChatTemplate, rows: list[Row], documents: list[Doc
 
 def _fit(document: Document, data: DataSpec, counts: Counts) -> Document | None:
     """The document within max_length, or None when it is left out; `counts` says why."""
-    length = len(document.input_ids)
+    length, learnt_before = len(document.input_ids), any(document.supervised[1:])
     if length > data.max_length:
         if data.too_long == "drop":
             counts.dropped += 1
@@ -341,6 +370,7 @@ def _fit(document: Document, data: DataSpec, counts: Counts) -> Document | None:
         )
     if not any(document.supervised[1:]):
         counts.unsupervised += 1
+        counts.cut_off += learnt_before
         return None
     if length > data.max_length:
         counts.truncated += 1

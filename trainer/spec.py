@@ -127,12 +127,16 @@ class DataSpec:
     system: str | None
     """System prompt for rows that bring none; None leaves it to the chat template."""
     template: str
-    """"model" (the tokenizer's own) or the absolute path of a Jinja file."""
+    """"model" (the tokenizer's own), tool/name of a turn template, or the absolute path of a Jinja file."""
     max_length: int
     """Tokens of one packed row, and the longest document."""
     packing: bool
+    learn: str
+    """answers | last | all: which tokens are learnt."""
     too_long: str
-    """drop | truncate: what happens to a document of more than `max_length` tokens."""
+    """drop | truncate | split-turns: what happens to a document of more than `max_length` tokens."""
+    max_cut_off: float
+    """Share of the rows that may have nothing left to learn once they are cut."""
     max_rows: int
     """Rows read over all files; 0 means all."""
     held_out: float

@@ -58,7 +58,7 @@ def make(model, data_file, tmp_path):
         run.mkdir(exist_ok=True)
         defaults = DataSpec(
             files=(DataFile(str(data_file), "auto"),), system=None, template="model", max_length=256, packing=True,
-            too_long="truncate", max_rows=0, held_out=0.0, held_out_files=(), cache_dir=str(tmp_path / "cache"),
+            learn="answers", too_long="truncate", max_cut_off=1.0, max_rows=0, held_out=0.0, held_out_files=(), cache_dir=str(tmp_path / "cache"),
         )  # fmt: skip
         names = [f.name for f in dataclasses.fields(PathsSpec) if f.name != "run_dir"]
         spec = TrainSpec(
@@ -226,6 +226,95 @@ def test_long_documents_are_cut_or_dropped_and_counted(make, data_file, capsys):
     out = capsys.readouterr().out
     assert "2 documents of more than 60 tokens left out" in out
     assert "1 rows left out: no token to learn" in out
+
+
+def turns(number, words):
+    """A conversation of that many questions, the k-th answered by `words` times its own word."""
+    pairs = [(f"Question {k}?", " ".join([f"answer{k}"] * words)) for k in range(number)]
+    messages = [{"role": "system", "content": "Be kind."}]
+    for question, answer in pairs:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def texts(plan, model):
+    """(all of a document, what is learnt of it) as texts, for each document in the order of the data."""
+    _, data = run(plan)
+    tokenizer = load_template(str(model), "model").tokenizer
+    found = []
+    for number in range(len(data.document_lengths)):
+        ids, kinds = data.document(number)
+        found.append((tokenizer.decode(ids.tolist()), tokenizer.decode(ids[kinds > 0].tolist())))
+    return found
+
+
+def test_what_is_learnt_can_be_chosen(make, model, data_file):
+    data_file.write_text(json.dumps(turns(3, 1)) + "\n", encoding="utf-8")
+    learnt = {learn: texts(make(learn=learn), model)[0] for learn in ("answers", "last", "all")}
+    whole = learnt["answers"][0]
+    assert {text for text, _ in learnt.values()} == {whole}
+    assert learnt["answers"][1] == "answer0<|im_end|>answer1<|im_end|>answer2<|im_end|>"
+    assert learnt["last"][1] == "answer2<|im_end|>"
+    assert whole == "<|im_start|>" + learnt["all"][1]  # nothing comes before the first token
+
+
+def test_long_conversations_are_split_between_turns(make, model, data_file, capsys):
+    """Each part begins with the system prompt, fits, and every answer is learnt in exactly one."""
+    rows = [turns(7, 6), turns(1, 1), turns(2, 3)]
+    data_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    plan = make(too_long="split-turns", max_length=128, held_out=0.5)
+    found = texts(plan, model)
+    assert "data: 1 rows of more than 128 tokens split between their turns" in capsys.readouterr().out
+    _, data = run(plan)
+    assert max(data.document_lengths) <= 128
+    parts = [pair for pair in found if "answer0 answer0 answer0 answer0" in pair[0] or "answer6" in pair[0]]
+    assert len(found) > 4
+    assert all(
+        text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nQuestion") for text, _ in found
+    )
+    answers = [f"{' '.join([f'answer{k}'] * 6)}<|im_end|>" for k in range(7)]
+    learnt = [text for _, text in found]
+    assert "".join(learnt).startswith("".join(answers))
+    assert parts
+    # Parts of one row are held out together, or not at all.
+    held_out = {int(d) for row in data.held_out_rows for d in data.documents(row)}
+    first_row = {number for number in range(len(found)) if data.source(number).endswith(":1")}
+    assert first_row <= held_out or not first_row & held_out
+
+
+def test_an_exchange_that_is_too_long_by_itself_is_cut(make, model, data_file, capsys):
+    row = turns(3, 3)
+    row["messages"][4]["content"] = "long " * 200
+    data_file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    found = texts(make(too_long="split-turns", max_length=100), model)
+    assert [("answer0" in text, "long" in text, "answer2" in text) for _, text in found] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert "1 documents cut to 100 tokens" in capsys.readouterr().out
+
+
+def test_long_texts_are_split_anywhere(make, model, data_file):
+    text = " ".join(f"word{n}" for n in range(200))
+    data_file.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    found = texts(make(too_long="split-turns", max_length=64), model)
+    assert len(found) > 5
+    assert "".join(whole for whole, _ in found).startswith(text)
+
+
+def test_too_many_rows_without_anything_left_to_learn_are_an_error(make, data_file):
+    long_question = {"messages": [{"role": "user", "content": "why " * 300}, {"role": "assistant", "content": "So."}]}
+    rows = [long_question, *[turns(1, 1)] * 4]
+    data_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(TrainError, match=r"1 of 5 rows have nothing left to learn .* allows 10%") as caught:
+        run(make(max_length=128, max_cut_off=0.1))
+    assert "split-turns" in caught.value.hint
+    run(make(max_length=128, max_cut_off=0.2))
+    # An empty answer is no cut.
+    rows[0] = {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": ""}]}
+    data_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run(make(max_length=128, max_cut_off=0.0))
 
 
 def test_nothing_to_learn_is_an_error(make):
