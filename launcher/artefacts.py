@@ -162,7 +162,7 @@ def evaluate(target: str, strict: bool, prompts: Path | None, base: Path | None,
 def chat(
     target: str,
     adapter: Path | None,
-    template: Path | None,
+    template: str | None,
     system: str | None,
     max_new_tokens: int,
     temperature: float,

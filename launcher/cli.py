@@ -184,7 +184,10 @@ def evaluate_command(
 def chat_command(
     target: Target,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder on top of a model folder.")] = None,
-    template: Annotated[Path | None, typer.Option(help="Jinja chat template. Default: the run's own.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Chat template: a name (launch recipes templates) or a Jinja file. Default: the run's own."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt. Default: the run's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0)] = 0.0,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from trainer.turn_templates import turn_templates
 
 from .errors import LaunchError
 from .recipe_library import copy, find, list_recipes, shipped_names
@@ -78,6 +81,20 @@ def copy_command(
     for path in written:
         typer.echo(f"wrote {shown(path)}")
     typer.echo(f"run it: launch {shown(written[0])}")
+
+
+@app.command()
+def templates(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Part of a name.")] = "",
+) -> None:
+    """List the chat templates of XTuner and LLaMA-Factory that data.template takes by name. Raises LaunchError when none fits."""
+    named = {key: template for key, template in turn_templates().items() if pattern in key}
+    if not named:
+        near = ", ".join(difflib.get_close_matches(pattern, turn_templates(), n=3, cutoff=0.3))
+        raise LaunchError(f"no template's name has '{pattern}' in it", f"Nearest: {near}" if near else "")
+    width = max(map(len, named))
+    for key, template in named.items():
+        typer.echo(f"{key:<{width}}  stops at {' '.join(template.stop_words) or 'end of text'}")
 
 
 @app.command()

@@ -79,6 +79,9 @@ class Progress:
             self._write("\r\033[K")
         mark = {JobState.SUCCEEDED: "done", JobState.STOPPED: "stopped"}.get(status.state, "FAILED")
         self._line(f"{job.name:<12} {mark:<8} {seconds:6.1f} s  {self._came_out(job, status)}".rstrip())
+        if job.name == "prepare" and status.state is JobState.SUCCEEDED:
+            for line in self._template_notes():
+                self._line(line)
 
     def note(self, text: str) -> None:
         self._line(("\r\033[K" if self.live else "") + text)
@@ -110,6 +113,11 @@ class Progress:
             f"step {row['step']}/{row['total_steps']}  loss {_loss(row)}  {row['tokens_per_second']:.0f} tokens/s  "
             f"{_peak(row, '  ')}ETA {clock(left)}  {row['memory_gb']:.1f} GB{_skipped(row, '  ')}"
         )
+
+    def _template_notes(self) -> list[str]:
+        """How a chosen template differs from the model's own."""
+        prepared = [row for row in Follower(self.run.events).rows() if row.get("event") == "prepared"]
+        return prepared[-1].get("template_notes", []) if prepared else []
 
     def _came_out(self, job: JobSpec, status: JobStatus) -> str:
         if job.name == "connect" and status.state is JobState.SUCCEEDED:

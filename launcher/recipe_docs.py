@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .recipe_fields import Field, fields
 from .recipe_library import SCHEMA_FILE, list_recipes
 from .recipe_schema import ITEM_SHORT_FORMS, NULLABLE, SHORT_FORMS, Recipe
+from .template_docs import templates_page
 
 if TYPE_CHECKING:
     from .recipe import LoadedRecipe
@@ -185,6 +186,7 @@ def generated_files() -> dict[Path, str]:
     return {
         root / "docs" / "recipe_reference.md": reference_page(),
         root / "docs" / SCHEMA_FILE: schema_text(),
+        root / "docs" / "templates.md": templates_page(),
         root / "recipes" / "README.md": readme_page(),
     }
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.turn_templates import candidates, turn_templates
+
 from .recipe_layers import Findings, get
 from .recipe_messages import describe
 from .recipe_yaml import Node, shown
@@ -80,12 +82,25 @@ def _resolve_file(node: Node, found: Findings, what: str) -> str:
 
 
 def _resolve_template(node: Node, found: Findings) -> str:
-    if node.value == "model":
-        return "model"
+    """`model`, a template's tool/name, or an absolute path."""
+    named = candidates(node.value)
+    if node.value == "model" or node.value in named:
+        return node.value
+    if len(named) == 1:
+        return named[0]
+    if named:
+        problem = f"data.template: {node.value} is a template of XTuner and one of LLaMA-Factory, and they differ"
+        found.add(node.at, problem, f"Write {' or '.join(named)}.")
+        return node.value
     path = absolute(node.value, node.at.folder)
-    if not path.suffix and not path.exists():
-        hint = "Remove the line: the tokenizer's own template is used. Templates of other tools have no names here."
-        found.add(node.at, f"data.template: {describe(node)}; expected model, or a Jinja file that exists", hint)
+    if path.suffix not in (".jinja", ".jinja2", ".j2", ".txt") and not path.is_file():
+        names = {key.split("/", 1)[1]: key for key in turn_templates()} | {key: key for key in turn_templates()}
+        near = [names[name] for name in difflib.get_close_matches(node.value, names, n=3, cutoff=0.5)]
+        meant = f"Did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+        expected = "expected model, a template's name, or a Jinja file that exists"
+        found.add(
+            node.at, f"data.template: {describe(node)}; {expected}", f"{meant}All names: launch recipes templates"
+        )
         return str(path)
     return _resolve_file(node, found, "template file")
 

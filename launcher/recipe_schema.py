@@ -76,7 +76,7 @@ class Data(Section):
     system: str | None = Field(default=None)
     """System prompt for rows that bring none. Default: the chat template's own behaviour."""
     template: str = "model"
-    """Chat template: model (the tokenizer's own) or a Jinja file."""
+    """Chat template: model (the tokenizer's own), a Jinja file, or one of XTuner's or LLaMA-Factory's by name, such as xtuner/qwen_chat."""
     max_length: Positive = 2048
     """Longest document, and length of a packed row, in tokens."""
     packing: bool = True

@@ -76,8 +76,8 @@ EXAMPLES: dict[str, str] = {
     "adam_beta1": "Write both: `betas: [0.9, 0.999]`.",
     "adam_beta2": "Write both: `betas: [0.9, 0.999]`.",
     "dataset": "Write the file itself: `data: my.jsonl`; no registration in dataset_info.json is needed.",
-    "template": "Leave it out: the tokenizer's own template is used. Another one: `template: my.jinja` under data.",
-    "prompt_template": "Leave it out: the tokenizer's own template is used. Another one: `template: my.jinja` under data.",
+    "template": "Leave it out: the tokenizer's own template is used. Another one: `template: NAME` (launch recipes templates) or `template: my.jinja` under data.",
+    "prompt_template": "Leave it out: the tokenizer's own template is used. Another one: `template: NAME` (launch recipes templates) or `template: my.jinja` under data.",
     "disable_gradient_checkpointing": "Write `gradient_checkpointing: false` under train.",
     "group_by_length": "Packing does this job, and it is on by default.",
 }

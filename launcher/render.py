@@ -62,7 +62,7 @@ def _devices(plan: Plan) -> list[str]:
 def _data_line(plan: Plan) -> str:
     data = plan.spec.data
     packing = "packed, documents kept apart" if data.packing else "one document a row, no padding computed"
-    template = "the model's own chat template" if data.template == "model" else data.template
+    template = "the model's own chat template" if data.template == "model" else f"chat template {data.template}"
     return f"up to {data.max_length} tokens, {packing}; longer ones: {data.too_long}; {template}"
 
 

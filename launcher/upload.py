@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.turn_templates import is_template_file
+
 from .errors import LaunchError, Problem, RecipeError
 from .recipe import LoadedRecipe, dump_recipe
 from .recipe_paths import lies_in
@@ -75,7 +77,7 @@ def collect(loaded: LoadedRecipe, shared: Sequence[Path]) -> list[Item]:
             row["path"] = _sent(loaded, f"data.{key}.{i}.path", row["path"], shared, files, problems)
         if rows:
             data[key] = rows
-    if data.get("template", "model") != "model":
+    if is_template_file(data.get("template", "model")):
         data["template"] = _sent(loaded, "data.template", data["template"], shared, files, problems)
     model = {**loaded.values["model"]}
     model["source"] = _model(loaded, model["source"], shared, files, problems)

@@ -11,6 +11,7 @@ from cluster.inventory import Selection, cpu_selection, select
 from cluster.job import Meeting, RayRequest
 from cluster.nodes import Node, combined
 from cluster.preflight import HostReport, Questions
+from trainer.turn_templates import is_template_file
 
 from .errors import LaunchError
 from .model_source import SourceRef
@@ -149,7 +150,7 @@ def meeting_of(recipe: Recipe) -> Meeting:
 
 def _data_files(recipe: Recipe) -> list[str]:
     files: list[Any] = [*recipe.data.files, *recipe.data.held_out_files]
-    template = [] if recipe.data.template == "model" else [recipe.data.template]
+    template = [recipe.data.template] if is_template_file(recipe.data.template) else []
     return [*(file.path for file in files), *template]
 
 

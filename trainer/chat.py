@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +17,8 @@ from .generate import check_folders, load_for_generation, stream_answer
 from .model import DTYPES
 from .report_terminal import printable
 from .spec import TrainError
-from .template import ChatTemplate, load_template
+from .template import load_template
+from .template_difference import template_difference
 
 COMMANDS = """\
 /reset          forget the conversation
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face model folder, such as merged/ of a run")
     parser.add_argument("--adapter", help="PEFT adapter folder on top of the model")
     parser.add_argument(
-        "--template", default="model", help="chat template: model (the tokenizer's own) or a Jinja file"
+        "--template",
+        default="model",
+        help="chat template: model (the tokenizer's own), a template's name or a Jinja file",
     )
     parser.add_argument("--system", help="system prompt; default: the template's own behaviour")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens")
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     template = load_template(args.model, args.template, args.trust_remote_code)
     template.prompt_text([("user", "Hi")])
     if args.template != "model":
-        print(template_difference(template, args), flush=True)
+        print("\n".join(template_difference(template, args.template)), flush=True)
     model = load_for_generation(args.model, DTYPES[args.dtype], device, args.adapter, args.trust_remote_code)
     limit = getattr(model.config, "max_position_embeddings", None)
 
@@ -203,16 +205,3 @@ class Session:
             return []
         turns = [{"role": role, "content": content} for role, content in (*self._system_turn(), *self.messages)]
         return [json.dumps({"messages": turns}, ensure_ascii=False)]
-
-
-def template_difference(template: ChatTemplate, args: Any) -> str:
-    """One line: how a turn looks in the given template and in the model's own."""
-    turn = [("user", "Hi")]
-    given = template.prompt_text(turn)
-    try:
-        own = load_template(args.model, "model", args.trust_remote_code).prompt_text(turn)
-    except TrainError:
-        return f"template: {args.template}; the model has none of its own"
-    if given == own:
-        return f"template: {args.template} writes a turn like the model's own"
-    return f"template: {args.template} writes {given!r}; the model's own writes {own!r}"

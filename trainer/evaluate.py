@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", help="JSON file: a list of questions, or of objects with the keys of evaluate.prompts"
     )
     parser.add_argument("--out", help="folder of the report")
-    parser.add_argument("--template", default="model", help="model (the tokenizer's own) or a Jinja file")
+    parser.add_argument(
+        "--template", default="model", help="model (the tokenizer's own), a template's name or a Jinja file"
+    )
     parser.add_argument("--system", help="system prompt; default: the template's own behaviour")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="number format of the models")

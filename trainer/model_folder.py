@@ -9,6 +9,7 @@ from typing import Any
 
 from .disk import read_json, write_json, writing
 from .spec import TrainError
+from .template_export import export_template
 from .tensor_files import INDEX, WEIGHTS, StoredTensor
 from .tensor_header import is_printable_name, read_header
 
@@ -28,7 +29,6 @@ OWN_FILES = ("config.json", "consolidation.json", "merge_report.json", ADAPTER_C
 TRAINER_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "zero_to_fp32.py", "zero_to_torch.py")
 """What HF Trainer and DeepSpeed put beside the model that they train."""
 TEMPLATE_FOLDER = "additional_chat_templates"
-TEMPLATE_FILE = "chat_template.jinja"
 OWN_TEMPLATE = "model"
 """`DataSpec.template` for the template that the model brings."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -137,8 +137,8 @@ def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE, trained
     """Copy tokenizer, chat templates, generation config, model code and licence. Returns the names, sorted.
 
     The tokenizer is that of the first of `trained` (folders that a training program left) that has one: it may know more
-    tokens, and another chat template, than the base's. A `template` other than the model's own (the path of a Jinja file)
-    becomes the folder's chat template, so that whatever loads the folder speaks as it was trained.
+    tokens, and another chat template, than the base's. A `template` other than the model's own becomes the folder's
+    (see `export_template`).
     """
     sources = {path.name: path for path in base.iterdir() if path.is_file() and _is_companion(path.name)}
     sources |= {f"{TEMPLATE_FOLDER}/{path.name}": path for path in (base / TEMPLATE_FOLDER).glob("*.jinja")}
@@ -148,13 +148,12 @@ def copy_companions(base: Path, out: Path, template: str = OWN_TEMPLATE, trained
             if path.suffix != ".py":
                 sources.pop(str(path.relative_to(base)), None)
         sources |= {str(path.relative_to(trainer)): path for path in tokenizer_files(trainer) if path.suffix != ".py"}
-    if template != OWN_TEMPLATE:
-        sources[TEMPLATE_FILE] = Path(template)
     for name, path in sources.items():
         with writing(out / name):
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / name)
-    return sorted(sources)
+    exported = export_template(template, out) if template != OWN_TEMPLATE else []
+    return sorted({*sources, *exported})
 
 
 def _refuse_foreign_code(trained: Path, base: Path) -> None:

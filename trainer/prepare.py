@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     )
     write_json(Path(spec.paths.prepared), prepared.to_dict())
     seconds = round(time.monotonic() - started, 2)
-    for line in summary(counts, index["num_rows"], spec.data):
+    for line in [*index["template_notes"], *summary(counts, index["num_rows"], spec.data)]:
         print(line, flush=True)
     print(f"prepared in {seconds} s: tokens {'found' if reused else 'written'} in {entry}", flush=True)
     event(
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
         reused=reused,
         **prepared.to_dict(),
         counts=dataclasses.asdict(counts),
+        template_notes=index["template_notes"],
     )
 
 
@@ -198,6 +199,7 @@ def _file_digest(path: Path) -> bytes:
 
 def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     from .template import load_template
+    from .template_difference import template_difference
 
     data = spec.data
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
@@ -238,6 +240,7 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
         "eos_token_id": -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
         "data_files": [f.path for f in (*data.files, *data.held_out_files)],
         "counts": dataclasses.asdict(counts),
+        "template_notes": template_difference(template, data.template) if data.template != "model" else [],
     }
     row_offsets = np.concatenate((offsets, offsets[-1] + held_out_offsets[1:]))
     writer.finish(row_offsets, np.concatenate([which[documents] for which, _, documents in parts]), index)

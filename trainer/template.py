@@ -51,7 +51,7 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, template: str | TurnTemplate | None = None, eos_token_ids: Sequence[int] = ()
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._eos_token_ids = tokenizer, tuple(eos_token_ids)
         encoder = TokenEncoder(tokenizer)
         self._layout: JinjaLayout | TurnLayout
         if isinstance(template, TurnTemplate):
@@ -64,6 +64,12 @@ class ChatTemplate:
         stops.update(tokenizer.convert_tokens_to_ids(token) for token in self._layout.end_tokens)
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(i for i in stops if i is not None))
         """Any of these ends an answer: end of text, end of turn, and what the model's generation config says."""
+
+    def of_the_model(self) -> ChatTemplate | None:
+        """The tokenizer's own template; None where it has none."""
+        if _own_template(self.tokenizer) is None:
+            return None
+        return ChatTemplate(self.tokenizer, None, self._eos_token_ids)
 
     def prompt_text(self, messages: Sequence[Sequence[Any]]) -> str:
         """What the model reads before it answers. `messages`: (role, content) pairs that end with a user turn."""

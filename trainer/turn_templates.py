@@ -96,6 +96,11 @@ def candidates(name: str) -> list[str]:
     return [key for key in turn_templates() if name in (key, key.split("/", 1)[1])]
 
 
+def is_template_file(template: str) -> bool:
+    """Whether this value of `data.template` is the path of a Jinja file, and not `model` or a template's tool/name."""
+    return template != "model" and template not in turn_templates()
+
+
 def _xtuner_pieces(strings: dict[str, Any], turns: Sequence[Turn]) -> Iterator[Piece]:
     """System prompt and question are one piece. What stands between turns is not learnt, and follows the last one too."""
     begins = True

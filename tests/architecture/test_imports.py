@@ -9,7 +9,7 @@ PACKAGES = ("launcher", "trainer", "cluster")
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray", "peft", "datasets", "numpy")
 HEAVY = frozenset((*LIBRARIES, "accelerate", "bitsandbytes", "safetensors", "tokenizers"))
 # The light contracts: what the launcher may know of the other two packages.
-LIGHT_TRAINER = frozenset(("spec", "ds_config", "checkpoint_format", "heartbeat", "storage", "disk"))
+LIGHT_TRAINER = frozenset(("spec", "ds_config", "checkpoint_format", "heartbeat", "storage", "disk", "turn_templates"))
 # The processes in which Ray runs: the backend starts them by name, and Ray itself imports the last.
 RAY_PROCESSES = frozenset(("ray_actors", "ray_driver", "ray_nodes", "ray_room", "ray_worker"))
 

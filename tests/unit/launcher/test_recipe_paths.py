@@ -133,9 +133,23 @@ def test_template_is_model_or_a_file(folder: Path) -> None:
     assert load(extra="  template: model\n")[0]["data"]["template"] == "model"
     (problem,) = load(extra="  template: caht.jinja\n")[1]
     assert (problem.where, problem.hint) == ("recipes/r.yaml:5:13", "Did you mean chat.jinja?")
-    (problem,) = load(extra="  template: qwen_chat\n")[1]
-    assert "expected model, or a Jinja file that exists" in problem.message
-    assert "Remove the line" in problem.hint
+    (problem,) = load(extra="  template: no_such\n")[1]
+    assert "expected model, a template's name, or a Jinja file" in problem.message
+
+
+def test_templates_of_other_tools_go_by_their_names(folder: Path) -> None:
+    for name, expected in (
+        ("xtuner/zephyr", "xtuner/zephyr"),
+        ("qwen_chat", "xtuner/qwen_chat"),
+        ("deepseekr1", "llamafactory/deepseekr1"),
+    ):
+        assert load(extra=f"  template: {name}\n")[0]["data"]["template"] == expected
+    (problem,) = load(extra="  template: zephyr\n")[1]
+    assert problem.message == "data.template: zephyr is a template of XTuner and one of LLaMA-Factory, and they differ"
+    assert problem.hint == "Write xtuner/zephyr or llamafactory/zephyr."
+    (problem,) = load(extra="  template: qwen_chatt\n")[1]
+    assert problem.hint.startswith("Did you mean xtuner/qwen_chat")
+    assert "launch recipes templates" in problem.hint
 
 
 def test_revision_of_a_local_folder() -> None:
