@@ -122,11 +122,14 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe.")]
 def import_command(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="XTuner .py, LLaMA-Factory, Axolotl or TRL YAML, ms-swift args.json, or a script."),
+        typer.Argument(
+            metavar="FILE", help="XTuner .py, LLaMA-Factory, Axolotl or TRL YAML, ms-swift args.json, or a script."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="The recipe to write. Default: FILE's name, here.")] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="xtuner | llamafactory | axolotl | swift | trl. Default: told by the content.")
+        str | None,
+        typer.Option("--format", help="xtuner | llamafactory | axolotl | swift | trl. Default: told by the content."),
     ] = None,
 ) -> None:
     """Make a recipe of another program's settings, and say what became of each. Exits with 2 where a person must choose."""
@@ -136,9 +139,11 @@ def import_command(
     imported = import_recipe(file, format or "", out)
     problems = write(imported)
     typer.echo(report(imported, problems))
-    devices = imported.foreign.environment.get("CUDA_VISIBLE_DEVICES")
+    devices = next((str(n.value) for k, n in imported.foreign.started if k == "CUDA_VISIBLE_DEVICES"), "")
     typer.echo(f"\nwrote {shown(imported.out)}")
     if imported.draft.choices or problems:
         typer.echo(f"decide what is listed above, then: launch recipes check {shown(imported.out)}")
         raise typer.Exit(2)
-    typer.echo(f"it passes `launch recipes check`; run it: launch {shown(imported.out)}{f' --gpus {devices}' if devices else ''}")
+    typer.echo(
+        f"it passes `launch recipes check`; run it: launch {shown(imported.out)}{f' --gpus {devices}' if devices else ''}"
+    )

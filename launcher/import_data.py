@@ -10,13 +10,15 @@ from typing import Any
 
 from trainer.turn_templates import candidates
 
-from .errors import Problem
 from .import_draft import Draft
 from .recipe_fields import fields
 from .recipe_yaml import Node
 
 _SUFFIX = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz|\.zst)?$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+FILE_KINDS = frozenset(("json", "jsonl", "csv", "parquet", "arrow", "text"))
+"""Paths that are no path but say what kind of file follows."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Source:
 
 def write_sources(d: Draft, role: str, ours: str, sources: list[Source]) -> None:
     """Sets data.files or data.held_out_files."""
-    items = [_item(d, source) for source in sources]
+    items = [_item(d, source) for source in sources if source.path]
     if not items:
         return
     short = all(list(item) == ["path"] for item in items)
@@ -57,7 +59,9 @@ def _item(d: Draft, source: Source) -> dict[str, Any]:
     if source.format in formats and source.format != "auto":
         item["format"] = source.format
     elif source.format != "auto":
-        d.choose(source.node, f"rows of the kind {source.format} are not read", f"One of: {', '.join(map(str, formats))}.")
+        d.choose(
+            source.node, f"rows of the kind {source.format} are not read", f"One of: {', '.join(map(str, formats))}."
+        )
     wanted = {
         "max_rows": source.max_rows,
         "split": source.split if source.hub and source.split != "train" else "",
@@ -73,8 +77,9 @@ def _item(d: Draft, source: Source) -> dict[str, Any]:
             item[key] = value
         else:
             names = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-            hint = "Convert the rows to a known format, such as {messages: [{role, content}, ...]}."
-            d.choose(source.node, f"{source.path}: {key} ({names}) have no counterpart for a single file", hint)
+            name = key.replace("_", " ")
+            hint = "Convert the rows: to a known format, such as {messages: [{role, content}, ...]}, or fewer of them."
+            d.choose(source.node, f"{source.path}: the {name} ({names}) cannot be written for one file", hint)
     return item
 
 
@@ -147,6 +152,8 @@ def write_system(d: Draft, text: str, where: list[tuple[str, Node]]) -> None:
         d.note(key, node, "data.system", text)
 
 
-def refuse(d: Draft, node: Node, message: str, hint: str) -> None:
-    """A mistake that leaves nothing to import."""
-    d.problems.append(Problem(node.key_at.origin, message, hint))
+def map_system(d: Draft) -> None:
+    """The system prompt for rows that bring none."""
+    found = d.one("data.system")
+    if found is not None and str(found[1].value):
+        write_system(d, str(found[1].value), [found])

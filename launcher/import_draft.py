@@ -10,10 +10,11 @@ from typing import Any
 from .errors import Problem
 from .import_python import Symbol, Unreadable
 from .import_table import Table
+from .recipe_docs import plain_text
 from .recipe_fields import fields
 from .recipe_yaml import Node, Place
 
-_SECRET = re.compile(r"token$|secret|api_key|password|webhook|auth_token", re.IGNORECASE)
+_SECRET = re.compile(r"(hub|auth|swanlab|access)_token|secret|api_key|password|webhook", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ class Draft:
     """Mistakes in the file."""
     facts: set[str] = field(default_factory=set)
     """What decides which silent differences apply."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables set before the command."""
     taken: set[str] = field(default_factory=set)
     """Keys that were looked at."""
 
@@ -79,7 +78,9 @@ class Draft:
         found = self.all_of(role)
         for key, node in found[1:]:
             if node.plain() != found[0][1].plain():
-                self.leave(key, node, f"a recipe has one value for all: that of {found[0][1].key_at.origin}", matters=True)
+                self.leave(
+                    key, node, f"a recipe has one value for all: that of {found[0][1].key_at.origin}", matters=True
+                )
         return found[0] if found else None
 
     def is_on(self, role: str) -> bool:
@@ -111,12 +112,14 @@ class Draft:
         for key, node in found[:1]:
             self.note(key, node, ours, value, note)
         if not found:
-            self.mapped.append(Mapped("", "", "", ours, plain_text(value), note))
+            self.mapped.append(Mapped("", "", "", ours, one_line(value), note))
 
-    def note(self, key: str, node: Node, ours: str, value: Any, note: str = "") -> None:
-        """One setting that became (part of) ours."""
+    def note(self, key: str, node: Node, ours: str, value: Any = None, note: str = "") -> None:
+        """One setting that became (part of) ours. `value` None: it is told where the whole is."""
         hidden = "(hidden)" if _SECRET.search(key) else shown_value(node)
-        self.mapped.append(Mapped(node.key_at.origin, key, hidden, ours, plain_text(value), note))
+        self.mapped.append(
+            Mapped(node.key_at.origin, key, hidden, ours, "" if value is None else one_line(value), note)
+        )
 
     def write_default(self, ours: str, value: Any) -> None:
         """Writes out what the program does by itself, where a recipe would do otherwise."""
@@ -124,7 +127,7 @@ class Draft:
             return
         self.values[ours] = value
         own = fields()[ours].default
-        note = f"{self.table.program}'s default; a recipe's own is {plain_text(own)}" if own is not None else ""
+        note = f"{self.table.program}'s default; a recipe's own is {one_line(own)}" if own is not None else ""
         self.mapped.append(Mapped("", "", "", ours, plain_text(value), note or f"{self.table.program}'s default"))
 
     def leave(self, key: str, node: Node, why: str, matters: bool) -> None:
@@ -157,21 +160,19 @@ def word(node: Node) -> str:
 
 def shown_value(node: Node) -> str:
     """A value for people, at most 60 characters."""
-    text = node.text if isinstance(node.value, Symbol | Unreadable) else plain_text(_plain(node))
+    text = node.text if isinstance(node.value, Symbol | Unreadable) else one_line(_plain(node))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def plain_text(value: Any) -> str:
+def one_line(value: Any) -> str:
     """A value as YAML would have it on one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
     if value is None:
         return "null"
     if isinstance(value, list):
-        return "[" + ", ".join(plain_text(v) for v in value) + "]"
+        return "[" + ", ".join(one_line(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {plain_text(v)}" for k, v in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")
+        return "{" + ", ".join(f"{k}: {one_line(v)}" for k, v in value.items()) + "}"
+    return plain_text(value).replace("\n", "\\n")
 
 
 def _plain(node: Node) -> Any:

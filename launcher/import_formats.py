@@ -16,7 +16,6 @@ from .import_xtuner import settings_of
 from .recipe_yaml import Node, Place
 
 _NAMES = {"ms-swift": "swift", "ms_swift": "swift", "llama-factory": "llamafactory", "llama_factory": "llamafactory"}
-_DEVICES = frozenset("CUDA_VISIBLE_DEVICES NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT".split())
 _TYPICAL = {
     "llamafactory": "finetuning_type cutoff_len stage dataset_dir lora_target quantization_bit template val_size",
     "axolotl": "base_model sequence_len sample_packing micro_batch_size adapter val_set_size lora_target_linear datasets dataset_prepared_path",
@@ -24,7 +23,14 @@ _TYPICAL = {
     "trl": "dataset_name use_peft lora_r model_name_or_path dtype max_length assistant_only_loss",
 }
 """Keys by which a file is told apart; the program with most of them it is."""
-_FLAG_PROGRAMS = {"swift": "swift", "llamafactory-cli": "llamafactory", "lmf": "llamafactory", "trl": "trl", "axolotl": "axolotl", "xtuner": "xtuner"}
+_FLAG_PROGRAMS = {
+    "swift": "swift",
+    "llamafactory-cli": "llamafactory",
+    "lmf": "llamafactory",
+    "trl": "trl",
+    "axolotl": "axolotl",
+    "xtuner": "xtuner",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class Foreign:
     config: PythonConfig | None = None
     command: str = ""
     """The program's own command, such as `sft` or `pt`; "" where none is written."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """What stands before the command and is ours to say: devices, hosts."""
+    started: list[tuple[str, Node]] = field(default_factory=list)
+    """How it was started, apart from its own settings: variables, and what stands before the program's name."""
 
 
 def read_foreign(path: Path, program: str = "") -> Foreign:
@@ -73,24 +79,28 @@ def _python(text: str, start: Place, forced: str) -> Foreign:
     if config.inherits:
         names = ", ".join(dict.fromkeys(str(node.plain()) for node in config.inherits))
         hint = "Write the whole config into one file first: python -c \"from mmengine import Config; Config.fromfile('a.py').dump('b.py')\""
-        raise RecipeError([Problem(str(config.inherits[0].at), f"the config builds on others, which are not read: {names}", hint)])
-    return Foreign("xtuner", "Python with model, train_dataloader and optim_wrapper", settings_of(config), start, config)
+        raise RecipeError(
+            [Problem(str(config.inherits[0].at), f"the config builds on others, which are not read: {names}", hint)]
+        )
+    return Foreign(
+        "xtuner", "Python with model, train_dataloader and optim_wrapper", settings_of(config), start, config
+    )
 
 
 def _mapping(root: Node, start: Place, forced: str, command: str = "") -> Foreign:
     if not isinstance(root.value, dict):
-        raise RecipeError([Problem(str(root.at), "settings are made of `key: value` lines; here is a list or a text", "")])
+        raise RecipeError(
+            [Problem(str(root.at), "settings are made of `key: value` lines; here is a list or a text", "")]
+        )
     program, how = (forced, "--format") if forced else _told_by(root.value, start)
     settings = flatten(root.value, program)
-    environment: dict[str, str] = {}
-    kept = []
-    for key, node in settings:
-        if key in ("ENV", "env") and isinstance(node.value, dict):
-            environment |= {k: str(v.value) for k, v in node.value.items() if k in _DEVICES}
-            if key == "ENV":
-                continue
-        kept.append((key, node))
-    return Foreign(program, how, kept, start, None, command, environment)
+    started = [pair for key, node in settings if key in ("ENV", "env") for pair in _variables(node)]
+    kept = [(key, node) for key, node in settings if key not in ("ENV", "env") or not isinstance(node.value, dict)]
+    return Foreign(program, how, kept, start, None, command, started)
+
+
+def _variables(node: Node) -> list[tuple[str, Node]]:
+    return list(node.value.items()) if isinstance(node.value, dict) else []
 
 
 def _told_by(keys: dict[str, Node], start: Place) -> tuple[str, str]:
@@ -138,29 +148,34 @@ def _script(text: str, start: Place, forced: str) -> Foreign:
         raise LaunchError(f"{start.source} runs {load_table(program).program}, not {forced}", "Leave --format out.")
     words = command.words[position:]
     verb = str(words[0].value) if words and not str(words[0].value).startswith("-") else ""
-    environment = {k: str(n.value) for k, n in command.environment.items() if k in _DEVICES}
+    before = [w for w in command.words[: max(0, position - 1)] if str(w.value) not in ("python", "python3", "-m")]
+    starter, _ = _flags(before)
+    own = [(k, n) for k, n in starter if program == "trl" and load_table("trl").knows(k)]
+    started = list(command.environment.items()) + [(f"--{k}", n) for k, n in starter if (k, n) not in own]
     flags, files = _flags(list(words[1:] if verb else words))
     named = [f for f in files if str(f.value).endswith((".yaml", ".yml", ".json", ".py"))]
     named += [node for key, node in flags if key == "config"]
-    how = f"the command `{' '.join(str(w.value) for w in command.words[max(0, position - 1) : position + 1])}`"
+    how = f"the command `{' '.join([str(command.words[position - 1].value), verb]).strip()}`"
     if program in ("xtuner", "axolotl") and not named:
         raise LaunchError(f"{start.source}: the command names no config file", "Import the config itself.")
     base = _named_file(named[0], program) if named else None
-    own = [(k, n) for k, n in flags if k != "config"]
+    own += [(k, n) for k, n in flags if k != "config"]
     if base is None:
-        return Foreign(program, how, own, start, None, verb, environment)
+        return Foreign(program, how, own, start, None, verb, started)
     if program == "xtuner":
         own = [(key, node) for key, node in own if key in ("deepspeed", "work_dir", "seed")]
     overridden = {key for key, _ in own}
     settings = [(k, n) for k, n in base.settings if k not in overridden] + own
-    return dataclasses.replace(base, how=how, settings=settings, command=verb, environment=base.environment | environment)
+    return dataclasses.replace(base, how=how, settings=settings, command=verb, started=base.started + started)
 
 
 def _named_file(node: Node, program: str) -> Foreign:
     for path in (node.at.folder / str(node.value), Path.cwd() / str(node.value)):
         if path.is_file():
             return read_foreign(path, program)
-    raise RecipeError([Problem(str(node.at), f"the command reads {node.value}, which is not there", "Import that file itself.")])
+    raise RecipeError(
+        [Problem(str(node.at), f"the command reads {node.value}, which is not there", "Import that file itself.")]
+    )
 
 
 def _program_of(command: Command) -> tuple[str, int] | None:
@@ -169,7 +184,11 @@ def _program_of(command: Command) -> tuple[str, int] | None:
         name = Path(str(node.value)).name
         if name in _FLAG_PROGRAMS:
             verb = str(command.words[i + 1].value) if i + 1 < len(command.words) else ""
-            return (_FLAG_PROGRAMS[name], i + 1) if verb in ("sft", "pt", "train", "rlhf", "dpo", "grpo", "kto", "reward") else None
+            return (
+                (_FLAG_PROGRAMS[name], i + 1)
+                if verb in ("sft", "pt", "train", "rlhf", "dpo", "grpo", "kto", "reward")
+                else None
+            )
         text = str(node.value)
         if re.search(r"swift/cli/(sft|pt)\.py$", text):
             return "swift", i + 1
@@ -206,4 +225,3 @@ def _flags(words: Sequence[Node]) -> tuple[list[tuple[str, Node]], list[Node]]:
         one = values[0].value if len(values) == 1 else values if values else True
         flags.append((key.replace("-", "_"), Node(one, at, at, values[0].text if len(values) == 1 else "true")))
     return flags, plain
-

@@ -6,16 +6,23 @@ import math
 import re
 from typing import Any
 
-from .import_draft import Draft, plain_text, word
+from .import_draft import Draft, one_line, word
 from .recipe_words import FOREIGN_VALUES
 from .recipe_yaml import Node
 
 _METHODS = {"lora": "lora", "qlora": "qlora", "full": "full", "none": "full", "false": "full"}
 _TOO_LONG = {"delete": "drop", "drop": "drop", "raise": "drop", "truncate": "truncate", "right": "truncate"}
 _CLEAN_ATTENTION = frozenset(
-    "flash_attention flex_attention xformers_attention sage_attention attn_implementation".split()
+    ["flash_attention", "flex_attention", "xformers_attention", "sage_attention", "attn_implementation"]
 )
-LORA_ROLES = ("method.rank", "method.alpha", "method.alpha:rslora", "method.dropout", "method.targets", "method.targets:linear")
+LORA_ROLES = (
+    "method.rank",
+    "method.alpha",
+    "method.alpha:rslora",
+    "method.dropout",
+    "method.targets",
+    "method.targets:linear",
+)
 """Roles that say how adapters are made."""
 
 
@@ -24,7 +31,6 @@ def map_model(d: Draft) -> None:
     found = d.one("model.source")
     if found is None:
         d.choose(None, "the file names no model", "Write one: model: Qwen/Qwen2.5-7B-Instruct")
-        d.values["model.source"] = "Qwen/Qwen2.5-7B-Instruct"
     else:
         _map_source(d, *found)
     revision = d.one("model.revision")
@@ -92,15 +98,25 @@ def map_method(d: Draft) -> None:
     if name == "lora" and bits == 4:
         name = "qlora"
     elif bits == 8 and name == "lora":
-        d.choose(bits_node, "8 bits are not offered", "`method: qlora` (4 bits) is written; `method: lora` takes more memory.")
+        d.choose(
+            bits_node,
+            "8 bits are not offered",
+            "`method: qlora` (4 bits) is written; `method: lora` takes more memory.",
+        )
         name = "qlora"
     elif bits and name == "full":
-        d.choose(bits_node, "full training of a quantised base is not possible", "Write `method: qlora`, or leave it full.")
+        d.choose(
+            bits_node, "full training of a quantised base is not possible", "Write `method: qlora`, or leave it full."
+        )
     elif bits not in (0, 4, 8):
         d.choose(bits_node, f"{bits} bits are not offered", "`method: qlora` has 4.")
         name = "qlora" if name == "lora" else name
     d.values["method.name"] = name
-    seen = [f for role in ("", ":peft", ":lora", ":bits", ":4bit", ":8bit", ":quantiser") for f in d.all_of(f"method.name{role}")]
+    seen = [
+        f
+        for role in ("", ":peft", ":lora", ":bits", ":4bit", ":8bit", ":quantiser")
+        for f in d.all_of(f"method.name{role}")
+    ]
     for key, found in seen:
         d.note(key, found, "method.name", name)
     if not seen or node is None:
@@ -144,7 +160,11 @@ def _bits(d: Draft) -> tuple[int, Node | None]:
     found = d.one("method.name:bits")
     quantiser = d.one("method.name:quantiser")
     if quantiser is not None and word(quantiser[1]) not in ("bnb", "fp8"):
-        d.choose(quantiser[1], f"{quantiser[0]}: {word(quantiser[1])} is not offered", "Quantised bases are NF4: method: qlora.")
+        d.choose(
+            quantiser[1],
+            f"{quantiser[0]}: {word(quantiser[1])} is not offered",
+            "Quantised bases are NF4: method: qlora.",
+        )
     for role, number in (("method.name:4bit", 4), ("method.name:8bit", 8)):
         if d.is_on(role):
             one = d.one(role)
@@ -201,8 +221,11 @@ def _map_targets(d: Draft) -> None:
     if any(name in ("all", "all-linear") for name in names):
         d.write("method.targets", "all-linear")
     elif any(not re.fullmatch(r"[\w.]+", name) for name in names):
-        d.choose(node, f"{key}: a regular expression cannot name targets: {plain_text(names)}",
-                 "Write name endings, method.targets: [q_proj, v_proj]; all-linear is used now.")
+        d.choose(
+            node,
+            f"{key}: a regular expression cannot name targets: {one_line(names)}",
+            "Write name endings, method.targets: [q_proj, v_proj]; all-linear is used now.",
+        )
     else:
         d.write("method.targets", names)
 
@@ -235,7 +258,8 @@ def map_lengths(d: Draft, texts_only: bool) -> None:
 
 def _map_too_long(d: Draft, packed: bool) -> None:
     found = d.one("data.too_long")
-    default = "drop" if packed and d.table.name == "llamafactory" else d.table.defaults.get("data.too_long", "truncate")
+    dropped = packed and d.table.name == "llamafactory" and "texts" not in d.facts
+    default = "drop" if dropped else d.table.defaults.get("data.too_long", "truncate")
     if found is None:
         d.write_default("data.too_long", default)
     elif str(found[1].value) in _TOO_LONG:

@@ -32,7 +32,14 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "float": float, "str": str, "round": round, "min": min, "max": max}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "round": round,
+    "min": min,
+    "max": max,
+}
 _JOINS = frozenset({"os.path.join", "osp.join", "path.join", "join"})
 _LARGEST = 10_000
 """Longest text or list, and largest factor of one, that arithmetic may make."""
@@ -238,7 +245,9 @@ class _Reader:
             for k in e.keywords:
                 if k.arg is None:
                     more = self.evaluate(k.value)
-                    result |= more if isinstance(more, dict) else {"**": self.node(Unreadable(ast.unparse(k.value)), k.value)}
+                    result |= (
+                        more if isinstance(more, dict) else {"**": self.node(Unreadable(ast.unparse(k.value)), k.value)}
+                    )
                 else:
                     result[k.arg] = self.keyword(k)
             return result
@@ -274,7 +283,7 @@ def _calculated(function: Callable[[Any, Any], Any] | None, left: Any, right: An
     alike = type(left) is type(right) and isinstance(left, str | list)
     scaled = isinstance(left, str | list) and isinstance(right, int) and right * max(len(left), 1) <= _LARGEST
     compared = function in _COMPARISONS.values() and not any(isinstance(v, Unreadable | Symbol) for v in (left, right))
-    if function is operator.pow and not (numbers and 0 <= right <= 64 and abs(left) <= _LARGEST):
+    if function is operator.pow and not (numbers and 0 <= float(right) <= 64 and -_LARGEST <= float(left) <= _LARGEST):
         return unknown
     if function is None or not (numbers or alike or (scaled and function is operator.mul) or compared):
         return unknown

@@ -30,7 +30,7 @@ class Command:
     words: tuple[Node, ...]
     """Program and arguments, quotes resolved; each with its line."""
     environment: dict[str, Node]
-    """NAME=VALUE before it, on its own line or exported earlier."""
+    """NAME=VALUE before it, or exported earlier."""
 
 
 def read_text(path: Path) -> str:
@@ -139,19 +139,22 @@ def read_commands(text: str, start: Place) -> list[Command]:
     Variables are filled in from assignments in the same file; others stay as `$NAME`. Raises RecipeError on an open quote.
     """
     known: dict[str, Node] = {}
+    exported: dict[str, Node] = {}
     commands = []
     for _, words in _logical_lines(text, start):
         places = [dataclasses.replace(start, line=number) for _, number in words]
         nodes = [Node(_filled(word, known), at, at, word) for (word, _), at in zip(words, places, strict=True)]
         own: dict[str, Node] = {}
+        exports = bool(nodes) and nodes[0].value == "export"
         while nodes and (nodes[0].value == "export" or _ASSIGNMENT.fullmatch(nodes[0].value)):
             if found := _ASSIGNMENT.fullmatch(nodes[0].value):
                 own[found[1]] = Node(found[2], nodes[0].at, nodes[0].at, found[2])
             nodes = nodes[1:]
         if nodes:
-            commands.append(Command(tuple(nodes), known | own))
+            commands.append(Command(tuple(nodes), exported | own))
         else:
             known |= own
+            exported |= own if exports else {}
     return commands
 
 

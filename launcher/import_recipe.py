@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LaunchError, Problem, RecipeError
+from .import_axolotl import map_axolotl
 from .import_draft import Draft
 from .import_formats import Foreign, read_foreign
 from .import_model import map_lengths, map_method, map_model
 from .import_schedule import map_parallel, map_saving, map_training
-from .import_sources import map_axolotl, map_llamafactory, map_swift, map_trl
+from .import_sources import map_llamafactory, map_swift, map_trl
 from .import_table import load_table
 from .import_xtuner import map_xtuner
 from .recipe import load_recipe, recipe_text
 from .recipe_schema import SHORT_FORMS, Recipe
-from .recipe_yaml import shown
+from .recipe_yaml import Node, shown
 
 _REFUSED_COMMANDS = ("rlhf", "dpo", "grpo", "kto", "reward")
-_STRICT = {"llamafactory": "stops at it", "swift": "stops at it", "trl": "hands it on to accelerate", "axolotl": "drops it without a word", "xtuner": "fails at it, or never looks at it"}
+_STRICT = {
+    "llamafactory": "stops at it",
+    "swift": "stops at it",
+    "trl": "hands it on to accelerate",
+    "axolotl": "drops it without a word",
+    "xtuner": "fails at it, or never looks at it",
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,19 @@ def import_recipe(source: Path, program: str = "", out: Path | None = None) -> I
     target = out or _default_out(source)
     if target.exists():
         raise LaunchError(f"{shown(target)} exists", "Name another file: --out other.yaml")
-    draft = Draft(load_table(foreign.program), foreign.settings, foreign.start, environment=dict(foreign.environment))
+    draft = Draft(load_table(foreign.program), foreign.settings, foreign.start)
     _check_keys(draft, foreign)
     _map(draft, foreign)
     if draft.problems:
         raise RecipeError(draft.problems)
     _account_for_the_rest(draft)
+    for key, node in foreign.started:
+        draft.leave(
+            key,
+            node,
+            "processes are started by `launch` itself (--gpus, --hosts), with the environment that it has",
+            False,
+        )
     return Imported(draft, foreign, source, _text(draft, foreign, source, target), target)
 
 
@@ -113,22 +127,23 @@ def _map(draft: Draft, foreign: Foreign) -> None:
         draft.facts.add("pt")
     map_model(draft)
     map_method(draft)
+    chosen = len(draft.choices)
     if foreign.program == "xtuner":
         assert foreign.config is not None
         texts = map_xtuner(draft, foreign.config)
     else:
         mappers = {"llamafactory": map_llamafactory, "axolotl": map_axolotl, "swift": map_swift, "trl": map_trl}
         texts = mappers[foreign.program](draft)
-    if "data.files" not in draft.values:
-        if not draft.choices or not any("data set" in c.message for c in draft.choices):
-            draft.choose(None, "the file names no data", "Write them: data.files: [my.jsonl]")
-        draft.values["data.files"] = ["rows.jsonl"]
+    if "data.files" not in draft.values and len(draft.choices) == chosen:
+        draft.choose(None, "no data set can be taken over", "Write the file itself: data: my.jsonl")
     map_lengths(draft, texts)
     share = draft.number("data.held_out")
     if share and share < 1 and "data.held_out_files" not in draft.values:
         draft.write("data.held_out", share)
     elif share and share >= 1:
-        draft.leave_all(("data.held_out",), "rows are held out by a share of all: write data.held_out: 0.05", matters=True)
+        draft.leave_all(
+            ("data.held_out",), "rows are held out by a share of all: write data.held_out: 0.05", matters=True
+        )
     else:
         draft.leave_all(("data.held_out",), "no share is held out", matters=False)
     map_training(draft)
@@ -139,18 +154,25 @@ def _map(draft: Draft, foreign: Foreign) -> None:
 def _account_for_the_rest(draft: Draft) -> None:
     """What no part has looked at has a reason in the table; a value with which it would matter is a choice or a loss."""
     told = {(m.where, m.key) for m in draft.mapped} | {(entry.where, entry.key) for entry in draft.left}
+    stops: dict[str, list[tuple[str, Node]]] = {}
     for key, node in draft.settings:
         reason = draft.table.reason(key)
         if reason is None:
             if (node.key_at.origin, key) not in told and not isinstance(node.value, list | dict):
-                draft.leave(key, node, "at its default, or said by another key", matters=False)
+                why = "not set" if node.value is None else "at its default, or said by another key"
+                draft.leave(key, node, why, matters=False)
             continue
         value = node.text if not isinstance(node.value, str | int | float | bool | list | dict | None) else node.plain()
         value = node.text.rpartition(".")[2] if node.value is not None and value is node.text else value
         matters = reason.matters(value)
-        draft.leave(key, node, reason.why, matters)
+        why = reason.why if matters or reason.effect == "same" else "off, or what a recipe does anyway"
+        draft.leave(key, node, why, matters)
         if matters and reason.effect == "stop":
-            draft.choose(node, f"{key}: {draft.left[-1].value} cannot be taken over", f"{reason.why[0].upper()}{reason.why[1:]}.")
+            stops.setdefault(reason.why, []).append((f"{key}: {draft.left[-1].value}", node))
+    for why, found in stops.items():
+        draft.choose(
+            found[0][1], f"{', '.join(text for text, _ in found)}: cannot be taken over", f"{why[0].upper()}{why[1:]}."
+        )
 
 
 def _text(draft: Draft, foreign: Foreign, source: Path, out: Path) -> str:
@@ -158,9 +180,13 @@ def _text(draft: Draft, foreign: Foreign, source: Path, out: Path) -> str:
     folder = Path(os.path.abspath(out)).parent
     tree: dict[str, Any] = {}
     for section in Recipe.model_fields:
-        below = {key.partition(".")[2]: value for key, value in draft.values.items() if key.partition(".")[0] == section}
+        below = {
+            key.partition(".")[2]: value for key, value in draft.values.items() if key.partition(".")[0] == section
+        }
         if below:
-            tree[section] = {key: _relative(value, folder, f"{section}.{key}") for key, value in _ordered(section, below)}
+            tree[section] = {
+                key: _relative(value, folder, f"{section}.{key}") for key, value in _ordered(section, below)
+            }
     for section, key in SHORT_FORMS.items():
         if list(tree.get(section, ())) == [key]:
             tree[section] = tree[section][key]

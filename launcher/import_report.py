@@ -24,7 +24,7 @@ def report(imported: Imported, problems: list[Problem]) -> str:
     if decisions:
         lines += ["", "to decide"]
         for p in decisions:
-            lines += _wrapped(f"{p.where}: {p.message}", "  ")
+            lines += _wrapped(f"{_short(p.where)}: {p.message}", "  ")
             lines += _wrapped(p.hint, "      ") if p.hint else []
     return "\n".join(lines)
 
@@ -42,8 +42,8 @@ def _mapped(d: Draft) -> Iterator[str]:
             continue
         seen.add(m)
         note = f"   ({m.note})" if m.note else ""
-        theirs = f"{m.where}: {m.key}: {m.value}" if m.key else "not written"
-        yield f"  {theirs} -> {m.ours}: {m.written}{note}"
+        theirs = f"{_short(m.where)}: {m.key}: {m.value}" if m.key else "not written"
+        yield f"  {theirs} -> {m.ours}{f': {m.written}' if m.written else ''}{note}"
 
 
 def _left(d: Draft) -> Iterator[str]:
@@ -52,7 +52,7 @@ def _left(d: Draft) -> Iterator[str]:
     if not d.left:
         yield "  nothing"
     for entry in losses:
-        yield from _wrapped(f"{entry.where}: {entry.key}: {entry.value}   CHANGES THE TRAINING: {entry.why}", "  ")
+        yield from _wrapped(f"{_short(entry.where)}: {entry.key}: {entry.value}   NOT TAKEN OVER: {entry.why}", "  ")
     by_reason: dict[str, list[Left]] = {}
     for entry in d.left:
         if not entry.matters:
@@ -68,8 +68,17 @@ def _differs(d: Draft) -> Iterator[str]:
             yield from _wrapped(f"- {text}", "  ")
 
 
+def _short(where: str) -> str:
+    """The file's name and line: its folder stands in the first line."""
+    return where.rpartition("/")[2]
+
+
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(
-        " ".join(text.split()), _WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ",
-        break_long_words=False, break_on_hyphens=False,
+        " ".join(text.split()),
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}    ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )

@@ -91,9 +91,13 @@ def _map_batch(d: Draft) -> None:
         d.write("train.accumulate", int(accumulate))
         d.leave_all(("train.accumulate:batch",), "gradient_accumulation_steps goes before it", matters=False)
     elif total and total % micro == 0:
-        d.write("train.accumulate", int(total) // micro, "train.accumulate:batch", "rows of one device's step / micro batch")
+        d.write(
+            "train.accumulate", int(total) // micro, "train.accumulate:batch", "rows of one device's step / micro batch"
+        )
     elif total:
-        d.leave_all(("train.accumulate:batch",), f"{total} rows are not a multiple of the micro batch {micro}", matters=True)
+        d.leave_all(
+            ("train.accumulate:batch",), f"{total} rows are not a multiple of the micro batch {micro}", matters=True
+        )
     elif d.table.name == "swift" and micro <= 16 and 16 % micro == 0:
         d.facts.add("default_batch")
         d.write_default("train.global_batch", 16)
@@ -114,7 +118,9 @@ def _map_schedule(d: Draft) -> None:
     total = d.values.get("train.max_steps")
     if given == "constant":
         d.values["train.warmup_ratio"] = 0.0
-        d.leave_all(("train.warmup_ratio", "train.warmup_ratio:steps"), "`constant` has no warm-up there", matters=False)
+        d.leave_all(
+            ("train.warmup_ratio", "train.warmup_ratio:steps"), "`constant` has no warm-up there", matters=False
+        )
     elif steps and 0 < steps < 1:
         d.write("train.warmup_ratio", steps, "train.warmup_ratio:steps")
     elif steps and total:
@@ -152,7 +158,11 @@ def _map_mmengine_schedule(d: Draft) -> None:
     if end and whole:
         d.write("train.warmup_ratio", round(end / whole, 6), "train.warmup_ratio:end", f"{end:g} of {whole:g}")
     elif end:
-        d.leave_all(("train.warmup_ratio:end",), "the warm-up is a share of all steps, which is not known here; 0.03 is used", True)
+        d.leave_all(
+            ("train.warmup_ratio:end",),
+            "the warm-up is a share of all steps, which is not known here; 0.03 is used",
+            True,
+        )
     else:
         d.values["train.warmup_ratio"] = 0.0
     for role in ("train.warmup_ratio:begin", "train.warmup_ratio:by_epoch"):
@@ -180,7 +190,11 @@ def _map_betas(d: Draft) -> None:
 def _map_recompute(d: Draft) -> None:
     off = d.one("train.gradient_checkpointing:off")
     if off is not None:
-        d.write("train.gradient_checkpointing", not d.is_on("train.gradient_checkpointing:off"), "train.gradient_checkpointing:off")
+        d.write(
+            "train.gradient_checkpointing",
+            not d.is_on("train.gradient_checkpointing:off"),
+            "train.gradient_checkpointing:off",
+        )
         d.leave_all(("train.gradient_checkpointing",), "disable_gradient_checkpointing decides there", matters=False)
         return
     for role in ("train.gradient_checkpointing", "train.gradient_checkpointing:new"):
@@ -197,6 +211,18 @@ def map_parallel(d: Draft) -> None:
     if fsdp is not None and fsdp[1].value:
         stage = 2 if "shard_grad_op" in str(fsdp[1].plain()) else 3
         d.write("parallel.zero", stage, "parallel.zero:fsdp", "ZeRO does what FSDP does")
+    for key, node in d.all_of("parallel.zero:accelerate"):
+        named = re.search(r"zero[_-]?([0-3])", str(node.value).lower())
+        if named:
+            d.values["parallel.zero"] = int(named[1])
+            d.note(key, node, "parallel.zero", int(named[1]), "by its name")
+        else:
+            d.leave(
+                key,
+                node,
+                "processes are started by `launch` itself: --gpus, --hosts; ZeRO is parallel.zero",
+                matters=False,
+            )
     degree = d.number("parallel.sp", whole=True)
     if degree is not None:
         d.write("parallel.sp", max(1, int(degree)))
@@ -221,7 +247,11 @@ def _map_deepspeed(d: Draft, key: str, node: Node) -> None:
         on_cpu = {"param", "optimizer"} if "offload" in text.lower() else set()
         note = "by its name: there is no such file here"
     if stage not in (0, 1, 2, 3):
-        d.choose(node, f"{key}: which ZeRO stage is meant cannot be told from {text or 'it'}", "Write parallel.zero: 2, or 3.")
+        d.choose(
+            node,
+            f"{key}: which ZeRO stage is meant cannot be told from {text or 'it'}",
+            "Write parallel.zero: 2, or 3.",
+        )
         return
     d.write("parallel.zero", stage, note=note)
     if stage == 3 and "param" in on_cpu:
@@ -241,7 +271,9 @@ def _json(text: str) -> Any:
 
 def _devices(zero: dict[str, Any]) -> set[str]:
     """What is kept in CPU memory, of param and optimizer."""
-    on_cpu = {name for name in ("param", "optimizer") if (zero.get(f"offload_{name}") or {}).get("device") in ("cpu", "nvme")}
+    on_cpu = {
+        name for name in ("param", "optimizer") if (zero.get(f"offload_{name}") or {}).get("device") in ("cpu", "nvme")
+    }
     return on_cpu | ({"optimizer"} if zero.get("cpu_offload") else set())
 
 
@@ -249,7 +281,13 @@ def map_saving(d: Draft, holds_out: bool) -> None:
     """`checkpoint`, `run`, and how often the loss of held-out rows is taken."""
     every, found = d.number("checkpoint.every_steps"), d.one("checkpoint.every_steps")
     strategy = d.one("checkpoint.every_steps:strategy")
-    named = word(strategy[1]) if strategy else d.table.defaults.get("checkpoint.every_steps", "steps") if every is None else "steps"
+    named = (
+        word(strategy[1])
+        if strategy
+        else d.table.defaults.get("checkpoint.every_steps", "steps")
+        if every is None
+        else "steps"
+    )
     if d.table.name == "xtuner" and every is not None:
         _map_iterations(d, int(every))
     elif named in ("no", "False"):
@@ -263,12 +301,18 @@ def map_saving(d: Draft, holds_out: bool) -> None:
         d.write("checkpoint.every_steps", int(every))
     if strategy is not None and not any(m.key == strategy[0] for m in d.mapped) and "epoch_saves" not in d.facts:
         d.note(*strategy, "checkpoint.every_steps", d.values.get("checkpoint.every_steps", 200))
-    d.leave_all(("checkpoint.every_steps:epoch",), "checkpoints are saved every N optimizer steps (checkpoint.every_steps)", matters=False)
+    d.leave_all(
+        ("checkpoint.every_steps:epoch",),
+        "checkpoints are saved every N optimizer steps (checkpoint.every_steps)",
+        matters=False,
+    )
     keep = d.number("checkpoint.keep", whole=True)
     if keep and keep > 0:
         d.write("checkpoint.keep", int(keep))
     else:
-        d.leave_all(("checkpoint.keep",), "some number of newest checkpoints is kept (checkpoint.keep: 2)", matters=False)
+        d.leave_all(
+            ("checkpoint.keep",), "some number of newest checkpoints is kept (checkpoint.keep: 2)", matters=False
+        )
         d.facts.add("keep_all")
     _map_held_out_loss(d, holds_out)
     _map_run(d)
@@ -312,4 +356,8 @@ def _map_run(d: Draft) -> None:
     if timeout and 0 < timeout <= _A_DAY_S:
         d.write("run.timeout_s", int(timeout))
     else:
-        d.leave_all(("run.timeout_s",), "rows are tokenised before the processes meet: no wait is without a limit (1800 s)", matters=False)
+        d.leave_all(
+            ("run.timeout_s",),
+            "rows are tokenised before the processes meet: no wait is without a limit (1800 s)",
+            matters=False,
+        )

@@ -104,7 +104,9 @@ def load_table(name: str) -> Table:
                 without[key] = base.without[key]
     differs = tuple((when, text) for when, text in raw.get("differs", ()))
     extra = {key: raw[key] for key in ("map_functions", "systems") if key in raw}
-    return Table(name, raw["program"], raw["version"], raw["source"], becomes, without, raw.get("defaults", {}), differs, extra)
+    return Table(
+        name, raw["program"], raw["version"], raw["source"], becomes, without, raw.get("defaults", {}), differs, extra
+    )
 
 
 def _reasons(groups: Iterable[dict[str, str]]) -> Iterable[tuple[str, Without]]:

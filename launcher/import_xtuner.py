@@ -10,12 +10,41 @@ from .import_draft import Draft, word
 from .import_python import PythonConfig, Symbol, Unreadable
 from .recipe_yaml import Node
 
-ROOTS = (
-    "model tokenizer train_dataloader val_dataloader test_dataloader optim_wrapper param_scheduler train_cfg val_cfg test_cfg "
-    "val_evaluator test_evaluator custom_hooks default_hooks env_cfg visualizer log_level load_from resume randomness "
-    "log_processor work_dir launcher default_scope custom_imports experiment_name runner_type strategy auto_scale_lr "
-    "framework trainer training_args sequence_parallel_size"
-).split()
+ROOTS = [
+    "model",
+    "tokenizer",
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "optim_wrapper",
+    "param_scheduler",
+    "train_cfg",
+    "val_cfg",
+    "test_cfg",
+    "val_evaluator",
+    "test_evaluator",
+    "custom_hooks",
+    "default_hooks",
+    "env_cfg",
+    "visualizer",
+    "log_level",
+    "load_from",
+    "resume",
+    "randomness",
+    "log_processor",
+    "work_dir",
+    "launcher",
+    "default_scope",
+    "custom_imports",
+    "experiment_name",
+    "runner_type",
+    "strategy",
+    "auto_scale_lr",
+    "framework",
+    "trainer",
+    "training_args",
+    "sequence_parallel_size",
+]
 """Names at the left margin that mmengine's Runner or `xtuner train` reads; every other one is a variable of the config's own."""
 _DATASETS = ("datasets", "dataset_cfg")
 """Keys of a data set that hold data sets: ConcatDataset, build_packed_dataset."""
@@ -72,12 +101,11 @@ def map_xtuner(d: Draft, config: PythonConfig) -> bool:
     found = [(_source(d, entry), entry) for entry in datasets_of(config)]
     sources = [source for source, _ in found if source is not None]
     if not sources:
-        d.choose(None, "no data set that is read here", "Write the file itself: data: my.jsonl")
+        d.choose(None, "no data set can be taken over", "Write the file itself: data: my.jsonl")
     write_sources(d, "data.files:path", "data.files", sources)
-    written = d.values.get("data.files", [])
     for part in ("kind", "loader", "files", "folder", "subset", "split", "format"):
         for key, node in d.all_of(f"data.files:{part}"):
-            d.note(key, node, "data.files", [s.path for s in sources] if part == "files" else written)
+            d.note(key, node, "data.files[]")
     limit = d.number("data.max_rows", whole=True)
     if limit and len(sources) == 1:
         d.write("data.max_rows", int(limit))
@@ -105,15 +133,23 @@ def _source(d: Draft, entry: dict[str, Node]) -> Source | None:
     kind = entry.get("type")
     name = word(kind) if kind is not None else ""
     if loader is None or name not in ("process_hf_dataset", "process_ms_dataset"):
-        d.choose(kind, f"data sets of the kind {name or 'without a type'} are not read", "Write the rows as JSON, and name the file.")
+        d.choose(
+            kind,
+            f"data sets of the kind {name or 'without a type'} are not read",
+            "Write the rows as JSON, and name the file.",
+        )
         return None
     inner: dict[str, Node] = loader.value if isinstance(loader.value, dict) else {"path": loader}
     path, hub = _place(d, inner, loader)
     function = _map_function(entry)
-    rules: dict[str, Any] = {"format": "conversation"} if not function else d.table.extra["map_functions"].get(function, {})
+    rules: dict[str, Any] = (
+        {"format": "conversation"} if not function else d.table.extra["map_functions"].get(function, {})
+    )
     if not rules:
         hint = f"Write it as a function of its own: data.files[].map: ./my_rows.py:{function}"
-        d.choose(entry.get("dataset_map_fn", loader), f"what {function} makes of a row is only known by running it", hint)
+        d.choose(
+            entry.get("dataset_map_fn", loader), f"what {function} makes of a row is only known by running it", hint
+        )
     subset, split = (str(inner[k].value or "") if k in inner else "" for k in ("name", "split"))
     return Source(path, loader, hub, rules.get("format", "auto"), 0, subset, split or "train", rules.get("columns", {}))
 
@@ -135,7 +171,7 @@ def _place(d: Draft, inner: dict[str, Node], loader: Node) -> tuple[str, str]:
     node = inner.get("path") or inner.get("data_dir")
     if node is None or isinstance(node.value, Unreadable | Symbol):
         d.choose(node or loader, "where the rows are is not known", "Write the file itself: data: my.jsonl")
-        return "rows.jsonl", ""
+        return "", ""
     path = str(node.value)
     return path, "" if is_file_name(d, path) else "hub"
 
@@ -143,13 +179,17 @@ def _place(d: Draft, inner: dict[str, Node], loader: Node) -> tuple[str, str]:
 def _map_template(d: Draft, texts: bool) -> None:
     found = d.one("data.template")
     for key, node in d.all_of("data.template:kind"):
-        d.note(key, node, "data.template", "its template")
+        d.note(key, node, "data.template")
     if texts:
         d.leave_all(("data.template",), "texts have no chat template", matters=False)
     elif found is not None and not isinstance(found[1].value, dict):
         write_template(d, word(found[1]), found[1], found[0])
     elif found is not None:
-        d.choose(found[1], "the template is written out in the config", "Save it as my.jinja, and write data.template: my.jinja")
+        d.choose(
+            found[1],
+            "the template is written out in the config",
+            "Save it as my.jinja, and write data.template: my.jinja",
+        )
 
 
 def _trained_system(d: Draft, entries: list[dict[str, Node]]) -> str | None:
@@ -159,7 +199,11 @@ def _trained_system(d: Draft, entries: list[dict[str, Node]]) -> str | None:
     names = {rule.get("system") for rule in rules}
     if len(names) > 1 and any(names):
         node = entries[0].get("dataset_map_fn")
-        d.choose(node, "the map functions add different system prompts", "A recipe has one, data.system: write them into the rows.")
+        d.choose(
+            node,
+            "the map functions add different system prompts",
+            "A recipe has one, data.system: write them into the rows.",
+        )
         return None
     name = next(iter(names), None)
     if name:
@@ -172,8 +216,17 @@ def _map_questions(d: Draft, trained: str | None) -> None:
     """EvaluateChatHook -> evaluate.prompts, asked every so many optimizer steps."""
     found, system = d.one("evaluate.prompts"), d.one("evaluate.prompts:system")
     every, longest = d.number("evaluate.samples_every_steps"), d.number("evaluate.max_new_tokens", whole=True)
-    roles = ("evaluate.prompts:system", "evaluate.samples_every_steps", "evaluate.max_new_tokens", "evaluate.prompts:template")
-    questions = [str(i.value) for i in found[1].value if isinstance(i.value, str)] if found and isinstance(found[1].value, list) else []
+    roles = (
+        "evaluate.prompts:system",
+        "evaluate.samples_every_steps",
+        "evaluate.max_new_tokens",
+        "evaluate.prompts:template",
+    )
+    questions = (
+        [str(i.value) for i in found[1].value if isinstance(i.value, str)]
+        if found and isinstance(found[1].value, list)
+        else []
+    )
     if found is not None and isinstance(found[1].value, str):
         questions = [found[1].value]
     if found is None or not questions:
@@ -188,12 +241,18 @@ def _map_questions(d: Draft, trained: str | None) -> None:
     d.write("evaluate.prompts", [{"user": q, **extra} for q in questions] if extra else questions)
     for key, node in d.all_of("evaluate.prompts:system"):
         if text and trained == "":
-            d.leave(key, node, "training never saw this system prompt: the questions are asked without it", matters=True)
+            d.leave(
+                key, node, "training never saw this system prompt: the questions are asked without it", matters=True
+            )
         else:
             d.note(key, node, "evaluate.prompts[].system" if extra else "data.system", text)
     if every and every > 0:
         accumulate = max(1, int(d.number("train.accumulate", whole=True) or 1))
-        d.write("evaluate.samples_every_steps", max(1, round(every / accumulate)), note=f"{every:g} iterations / {accumulate}")
+        d.write(
+            "evaluate.samples_every_steps",
+            max(1, round(every / accumulate)),
+            note=f"{every:g} iterations / {accumulate}",
+        )
     if longest:
         d.write("evaluate.max_new_tokens", int(longest))
     else:
@@ -206,6 +265,10 @@ def _system_text(d: Draft, node: Node) -> str:
     if isinstance(node.value, Symbol):
         text = d.table.extra["systems"].get(node.value.last)
         if text is None:
-            d.choose(node, f"the system prompt {node.text} is not known here", "Write it out: data.system, or system under a prompt.")
+            d.choose(
+                node,
+                f"the system prompt {node.text} is not known here",
+                "Write it out: data.system, or system under a prompt.",
+            )
         return text or ""
     return node.value if isinstance(node.value, str) else ""
