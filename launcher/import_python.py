@@ -6,6 +6,7 @@ What would have to be run to be known becomes Unreadable, with its text: an erro
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable
@@ -41,8 +42,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": max,
 }
 _JOINS = frozenset({"os.path.join", "osp.join", "path.join", "join"})
-_LARGEST = 10_000
-"""Longest text or list, and largest factor of one, that arithmetic may make."""
+_LARGEST = 100_000
+"""Longest text or list that arithmetic may make, and most values that one may hold, all in all."""
+_MOST_BITS = 4096
+"""Longest number that arithmetic may make."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def read_python(text: str, start: Place) -> PythonConfig:
     """Reads assignments in order. Raises RecipeError with the line of a syntax error."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         line, column = (getattr(e, "lineno", None) or 1), (getattr(e, "offset", None) or 1)
         at = dataclasses.replace(start, line=line, column=column)
         raise RecipeError([Problem(str(at), f"not Python: {getattr(e, 'msg', e)}", "")]) from None
@@ -97,6 +100,8 @@ class _Reader:
         self.variables: dict[str, Node] = {}
         self.inherits: list[Node] = []
         self.imports: set[str] = set()
+        self.sizes: dict[int, tuple[int, Any]] = {}
+        """Of lists and dicts, by identity: how many values they hold all in all, and they themselves, to be kept alive."""
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -145,7 +150,7 @@ class _Reader:
             inner = self.value(target.value).value
             key = self.value(target.slice).value if isinstance(target, ast.Subscript) else target.attr
             if isinstance(inner, dict) and isinstance(key, str):
-                inner[key] = dataclasses.replace(value, key_at=self.place(target))
+                inner[key] = dataclasses.replace(copy.deepcopy(value), key_at=self.place(target))
             else:
                 self.spoil_names(target)
 
@@ -155,13 +160,13 @@ class _Reader:
             return
         target, args = self.value(e.func.value).value, [self.value(a) for a in e.args]
         if e.func.attr == "append" and isinstance(target, list) and len(args) == 1:
-            target.append(args[0])
+            target.append(copy.deepcopy(args[0]))
         elif e.func.attr == "extend" and isinstance(target, list) and args and isinstance(args[0].value, list):
-            target.extend(args[0].value)
+            target.extend(copy.deepcopy(args[0].value))
         elif e.func.attr == "update" and isinstance(target, dict):
             for found in args:
-                target.update(found.value if isinstance(found.value, dict) else {})
-            target.update({k.arg: self.keyword(k) for k in e.keywords if k.arg})
+                target.update(copy.deepcopy(found.value) if isinstance(found.value, dict) else {})
+            target.update({k.arg: copy.deepcopy(self.keyword(k)) for k in e.keywords if k.arg})
         else:
             self.spoil_names(e.func.value)
 
@@ -177,7 +182,19 @@ class _Reader:
                 self.variables[inner.id] = self.node(Unreadable(ast.unparse(e)), e)
 
     def value(self, e: ast.expr) -> Node:
-        return self.node(self.evaluate(e), e)
+        value = self.evaluate(e)
+        if isinstance(value, dict | list) and self.size(value) > _LARGEST:
+            value = Unreadable(ast.unparse(e))
+        return self.node(value, e)
+
+    def size(self, value: Any) -> int:
+        """How many values it holds all in all: lists of the same list grow without growing the file."""
+        if not isinstance(value, dict | list):
+            return 1
+        below = value.values() if isinstance(value, dict) else value
+        total = 1 + sum(self.sizes.get(id(node.value), (1, None))[0] for node in below)
+        self.sizes[id(value)] = (total, value)
+        return total
 
     def evaluate(self, e: ast.expr) -> Any:
         unknown = Unreadable(ast.unparse(e))
@@ -232,7 +249,8 @@ class _Reader:
             parts = [self.evaluate(p.value if isinstance(p, ast.FormattedValue) else p) for p in e.values]
             plain = all(isinstance(p, str | int | float) for p in parts)
             formats = any(isinstance(p, ast.FormattedValue) and (p.format_spec or p.conversion != -1) for p in e.values)
-            return "".join(map(str, parts)) if plain and not formats else unknown
+            text = "".join(map(str, parts)) if plain and not formats else ""
+            return text if plain and not formats and len(text) <= _LARGEST else unknown
         return unknown
 
     def call(self, e: ast.Call, unknown: Unreadable) -> Any:
@@ -279,15 +297,27 @@ class _Reader:
 
 
 def _calculated(function: Callable[[Any, Any], Any] | None, left: Any, right: Any, unknown: Unreadable) -> Any:
-    numbers = all(isinstance(v, int | float) for v in (left, right))
-    alike = type(left) is type(right) and isinstance(left, str | list)
-    scaled = isinstance(left, str | list) and isinstance(right, int) and right * max(len(left), 1) <= _LARGEST
-    compared = function in _COMPARISONS.values() and not any(isinstance(v, Unreadable | Symbol) for v in (left, right))
-    if function is operator.pow and not (numbers and 0 <= float(right) <= 64 and -_LARGEST <= float(left) <= _LARGEST):
+    if function is None or isinstance(left, Unreadable | Symbol) or isinstance(right, Unreadable | Symbol):
         return unknown
-    if function is None or not (numbers or alike or (scaled and function is operator.mul) or compared):
+    if function not in _COMPARISONS.values() and not _stays_small(function, left, right):
         return unknown
     try:
         return function(left, right)
     except (ArithmeticError, TypeError):
         return unknown
+
+
+def _stays_small(function: Callable[[Any, Any], Any], left: Any, right: Any) -> bool:
+    """Whether the result exists and stays small: a config must not be able to fill the memory."""
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        factor = abs(right) if function is operator.pow else 1
+        return _bits(left) * factor + _bits(right) <= _MOST_BITS
+    if function is operator.mul and isinstance(left, str | list) and isinstance(right, int):
+        return right * len(left) <= _LARGEST
+    if (isinstance(left, str) and isinstance(right, str)) or (isinstance(left, list) and isinstance(right, list)):
+        return function is operator.add and len(left) + len(right) <= _LARGEST
+    return False
+
+
+def _bits(number: int | float) -> int:
+    return number.bit_length() if isinstance(number, int) else 64

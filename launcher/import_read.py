@@ -19,6 +19,8 @@ from .errors import LaunchError, Problem, RecipeError
 from .recipe_encoding import read_utf8
 from .recipe_yaml import Node, Place, explain_syntax, resolve_scalar, shown
 
+_LARGEST = 100_000
+"""Most values that a YAML file may have with its aliases written out."""
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
@@ -62,28 +64,39 @@ def read_yaml(text: str, start: Place) -> Node:
         raise RecipeError([Problem(str(at), *explain_syntax(text, line, e.problem or "", e.context or ""))]) from None
     except yaml.YAMLError as e:
         raise RecipeError([Problem(str(start), f"not valid YAML: {e}", "")]) from None
+    except RecursionError:
+        raise RecipeError([Problem(str(start), "lists or mappings lie too deep in each other", "")]) from None
     if root is None:
         raise RecipeError([Problem(str(start), "nothing is written here", "")])
-    return _from_yaml(root, start, None, ())
+    if _size(root, {}) > _LARGEST:
+        raise RecipeError([Problem(str(start), f"aliases make more than {_LARGEST} values of this file", "")])
+    return _from_yaml(root, start, None)
 
 
-def _from_yaml(node: yaml.Node, start: Place, key_at: Place | None, above: tuple[int, ...]) -> Node:
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values there are with every alias written out; an alias inside its own value counts as too many."""
+    if id(node) not in known:
+        known[id(node)] = _LARGEST + 1
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = [part for pair in below for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in pairs)
+    return known[id(node)]
+
+
+def _from_yaml(node: yaml.Node, start: Place, key_at: Place | None) -> Node:
     at = dataclasses.replace(start, line=node.start_mark.line + 1, column=node.start_mark.column + 1)
     key_at = key_at or at
-    if id(node) in above:
-        raise RecipeError([Problem(str(at), "an alias stands inside the value that it names", "")])
-    above = (*above, id(node))
     if isinstance(node, yaml.MappingNode):
-        return Node(_mapping(node, start, above), at, key_at)
+        return Node(_mapping(node, start), at, key_at)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_from_yaml(item, start, None, above) for item in node.value], at, key_at)
+        return Node([_from_yaml(item, start, None) for item in node.value], at, key_at)
     assert isinstance(node, yaml.ScalarNode)
     if node.style is not None:
         return Node(node.value, at, key_at, node.value, quoted=True)
     return Node(scalar(node.value), at, key_at, node.value)
 
 
-def _mapping(node: yaml.MappingNode, start: Place, above: tuple[int, ...]) -> dict[str, Node]:
+def _mapping(node: yaml.MappingNode, start: Place) -> dict[str, Node]:
     """Later keys win over earlier ones, and written ones over merged ones, as PyYAML has it."""
     merged: dict[str, Node] = {}
     written: dict[str, Node] = {}
@@ -95,9 +108,9 @@ def _mapping(node: yaml.MappingNode, start: Place, above: tuple[int, ...]) -> di
             sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
             for source in reversed(sources):
                 if isinstance(source, yaml.MappingNode):
-                    merged |= _mapping(source, start, above)
+                    merged |= _mapping(source, start)
             continue
-        written[key.value] = _from_yaml(value, start, at, above)
+        written[key.value] = _from_yaml(value, start, at)
     return merged | written
 
 

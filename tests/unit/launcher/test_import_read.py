@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def test_simple_python_is_calculated(text: str, expected: object) -> None:
         "x = 0\nfor i in range(3):\n    x = i",
         "x = 10 ** 10 ** 10",
         "x = 'a' * 10 ** 8",
+        "x = 'ab'\n" + "x = x + x\n" * 40,
+        "x = 3\n" + "x = x * x\n" * 40,
+        "x = 'a'\n" + "x = f'{x}{x}'\n" * 40,
+        "x = '%1000000000s' % 'a'",
         "x = 1 / 0",
         "x = 2\ntry:\n    x = 3\nexcept Exception:\n    pass",
         "d = dict()\nd.pop('x')\nx = d",
@@ -60,6 +65,14 @@ def test_simple_python_is_calculated(text: str, expected: object) -> None:
 )
 def test_what_would_have_to_run_is_unreadable_and_is_not_run(text: str) -> None:
     assert isinstance(python(text).variables["x"].value, Unreadable)
+
+
+def test_lists_of_lists_stay_small() -> None:
+    assert len(str(value("x = [1]\n" + "x = [x, x]\n" * 60))) < 10**6
+
+
+def test_a_dict_put_into_itself_ends() -> None:
+    assert value("x = dict(a=1)\nx['b'] = x") == {"a": 1, "b": {"a": 1}}
 
 
 def test_nothing_of_a_config_is_executed(tmp_path: Path) -> None:
@@ -96,7 +109,17 @@ def test_yaml_takes_what_pyyaml_takes() -> None:
     assert node.value["own"].value["lr"].key_at.line == 4
 
 
-@pytest.mark.parametrize("text", ["a: [1, 2\n", "a: 1\n b: 2\n", "", "? [a]\n: 1\n", "a: &x [*x]\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1, 2\n",
+        "a: 1\n b: 2\n",
+        "",
+        "? [a]\n: 1\n",
+        "a: &x [*x]\n",
+        "a: &a [1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrst")),
+    ],
+)
 def test_yaml_that_is_none_is_an_error_with_its_line(text: str) -> None:
     with pytest.raises(RecipeError, match=r"^x:\d+:\d+: "):
         read_yaml(text, START)
