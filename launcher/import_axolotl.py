@@ -24,6 +24,14 @@ _TEMPLATES = {
     "phi_4": "phi4",
     "deepseek_v3": "deepseek3",
 }
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 
 
 def map_axolotl(d: Draft) -> bool:
@@ -52,6 +60,13 @@ def map_axolotl(d: Draft) -> bool:
                 d.note(key, node, "data.files[]")
             else:
                 d.leave(key, node, "found from the file's name and its rows", matters=part != "suffix")
+    for key, node in d.all_of("data.files:roles"):
+        if _usual_roles(node):
+            d.note(key, node, "data.files[]")
+        else:
+            d.choose(
+                node, f"{key}: roles of one's own are not renamed", "Convert the rows to user, assistant and system."
+            )
     for key, node in d.all_of("model.source:tokens"):
         if isinstance(node.value, dict) and node.value.keys() <= {"pad_token"}:
             d.leave(key, node, "padding is never learnt", matters=False)
@@ -60,6 +75,12 @@ def map_axolotl(d: Draft) -> bool:
     _template(d, sources)
     map_system(d)
     return bool(sources) and all(s.format == "text" for s in sources)
+
+
+def _usual_roles(node: Node) -> bool:
+    """Whether every role has the names that are known anyway."""
+    roles = node.plain() if isinstance(node.value, dict) else {}
+    return all(_ROLES.get(name) == role for role, names in roles.items() for name in names)
 
 
 def _sources(d: Draft, node: Node, texts: bool) -> list[Source]:

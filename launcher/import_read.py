@@ -10,12 +10,14 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .errors import LaunchError, Problem, RecipeError
+from .import_python import read_python
 from .recipe_encoding import read_utf8
 from .recipe_yaml import Node, Place, explain_syntax, resolve_scalar, shown
 
@@ -154,7 +156,8 @@ def read_commands(text: str, start: Place) -> list[Command]:
     known: dict[str, Node] = {}
     exported: dict[str, Node] = {}
     commands = []
-    for _, words in _logical_lines(text, start):
+    lines = ((first, _calculated(joined, known, start)) for first, joined in _logical_lines(text))
+    for words in (words for first, joined in lines for words in _split(joined, first, start)):
         places = [dataclasses.replace(start, line=number) for _, number in words]
         nodes = [Node(_filled(word, known), at, at, word) for (word, _), at in zip(words, places, strict=True)]
         own: dict[str, Node] = {}
@@ -171,9 +174,8 @@ def read_commands(text: str, start: Place) -> list[Command]:
     return commands
 
 
-def _logical_lines(text: str, start: Place) -> list[tuple[int, list[tuple[str, int]]]]:
-    """(first line, words with their lines) of each command; `&&`, `;` and `|` end one."""
-    result: list[tuple[int, list[tuple[str, int]]]] = []
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number of lines before it, text) of each line with the lines that continue it."""
     lines = text.splitlines()
     first = number = 0
     joined = ""
@@ -186,12 +188,25 @@ def _logical_lines(text: str, start: Place) -> list[tuple[int, list[tuple[str, i
             joined += " \n" if goes_on else "\n"
             continue
         # The space keeps the lexer from counting a word's line only after its line break.
-        result += _split(joined + " \n", first, start)
+        yield first, joined + " \n"
         first, joined = number, ""
-    return result
 
 
-def _split(joined: str, first: int, start: Place) -> list[tuple[int, list[tuple[str, int]]]]:
+def _calculated(line: str, known: dict[str, Node], start: Place) -> str:
+    """`$((16 / N))` and `$(expr 16 / N)` of whole numbers, as the number."""
+
+    def value(found: re.Match[str]) -> str:
+        text = _filled(found[1] or found[2], known).replace("/", "//")
+        if not re.fullmatch(r"[\d\s()+*%/-]+", text):
+            return found[0]
+        result = read_python(f"x = ({text})", start).variables["x"].value
+        return str(result) if isinstance(result, int) else found[0]
+
+    return re.sub(r"\$\(\((.*?)\)\)|\$\(expr ([^()]*)\)", value, line)
+
+
+def _split(joined: str, first: int, start: Place) -> list[list[tuple[str, int]]]:
+    """Words with their lines; `&&`, `;` and `|` end a command."""
     lexer = shlex.shlex(joined, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split, lexer.commenters = True, "#"
     commands: list[list[tuple[str, int]]] = [[]]
@@ -204,7 +219,7 @@ def _split(joined: str, first: int, start: Place) -> list[tuple[int, list[tuple[
     except ValueError as e:
         at = dataclasses.replace(start, line=first + 1)
         raise RecipeError([Problem(str(at), f"not a shell command: {e}", "Close the quote.")]) from None
-    return [(words[0][1], words) for words in commands if words]
+    return [words for words in commands if words]
 
 
 def _is_open(text: str) -> bool:

@@ -91,6 +91,9 @@ def _check_keys(draft: Draft, foreign: Foreign) -> None:
     for key, node in draft.settings:
         if table.knows(key):
             continue
+        if node.value is None:
+            draft.leave(key, node, f"{table.program} has no such key; it is not set", matters=False)
+            continue
         near = table.nearest(key)
         meant = f"; did you mean {near}?" if near else ""
         hint = f"{table.program} {_STRICT[table.name]}. Correct it, or delete it."
@@ -159,7 +162,9 @@ def _account_for_the_rest(draft: Draft) -> None:
         reason = draft.table.reason(key)
         if reason is None:
             if (node.key_at.origin, key) not in told and not isinstance(node.value, list | dict):
+                decided = any(choice.where == node.key_at.origin for choice in draft.choices)
                 why = "not set" if node.value is None else "at its default, or said by another key"
+                why = "to be decided, see there" if decided else why
                 draft.leave(key, node, why, matters=False)
             continue
         value = node.text if not isinstance(node.value, str | int | float | bool | list | dict | None) else node.plain()

@@ -31,6 +31,8 @@ def report(imported: Imported, problems: list[Problem]) -> str:
 
 def _is_known(problem: Problem, d: Draft) -> bool:
     """Whether the checker repeats what is listed as a choice already: a file or dataset that is not there."""
+    if "data.files" not in d.values and problem.message in ("data is missing", "data.files is missing"):
+        return True
     files = [f if isinstance(f, str) else f["path"] for f in d.values.get("data.files", [])]
     return bool(d.choices) and any(f in problem.message for f in files if f in " ".join(c.message for c in d.choices))
 

@@ -211,6 +211,18 @@ def map_parallel(d: Draft) -> None:
     if fsdp is not None and fsdp[1].value:
         stage = 2 if "shard_grad_op" in str(fsdp[1].plain()) else 3
         d.write("parallel.zero", stage, "parallel.zero:fsdp", "ZeRO does what FSDP does")
+    config = d.one("parallel.offload:fsdp")
+    settings = config[1].plain() if config is not None and isinstance(config[1].value, dict) else {}
+    if (
+        settings.get("fsdp_offload_params")
+        or settings.get("offload_params")
+        or (fsdp and "offload" in str(fsdp[1].plain()))
+    ):
+        d.values["parallel.offload"] = "parameters"
+        if d.values.setdefault("parallel.zero", 3) != 3:
+            d.values["parallel.offload"] = "optimizer"
+    for key, node in d.all_of("parallel.offload:fsdp"):
+        d.note(key, node, "parallel.offload", d.values.get("parallel.offload", "none"))
     for key, node in d.all_of("parallel.zero:accelerate"):
         named = re.search(r"zero[_-]?([0-3])", str(node.value).lower())
         if named:

@@ -107,7 +107,12 @@ def _registered(
 ) -> list[Source]:
     items = [str(i.value) for i in names.value] if isinstance(names.value, list) else str(names.value).split(",")
     sources = []
+    folder = d.one("data.files:dir")
+    online = folder is not None and str(folder[1].value) == "ONLINE"
     for name in (item.strip() for item in items if item.strip()):
+        if online:
+            sources.append(Source(name, names, "hub", "text" if texts else "auto", limit))
+            continue
         if info is None or name not in info[0]:
             if is_file_name(d, name) and find_file(d, name):
                 sources.append(Source(name, names, format="text" if texts else "auto", max_rows=limit))

@@ -259,6 +259,18 @@ def test_paths_are_found_in_the_folders_above_the_file(folder: Path) -> None:
     assert "path: ../theirs/examples/data/alpaca_zh.json" in found.text
 
 
+def test_fsdp_becomes_zero_3_with_its_offload(folder: Path) -> None:
+    text = (
+        "base_model: m/m\nsequence_len: 512\nmicro_batch_size: 1\nlearning_rate: 1e-5\ndebug:\n"
+        "datasets:\n  - path: alpaca_zh.json\n    type: alpaca\n"
+        "fsdp: [full_shard, auto_wrap]\nfsdp_config: {fsdp_offload_params: true}\n"
+    )
+    found = made_from(folder, "a.yaml", text)
+    assert (found.draft.values["parallel.zero"], found.draft.values["parallel.offload"]) == (3, "parameters")
+    assert {e.key: e.why for e in found.draft.left}["debug"] == "Axolotl has no such key; it is not set"
+    assert not write(found)
+
+
 def test_rank_stabilised_alpha_scales_the_same(folder: Path) -> None:
     values = imported(folder / "theirs" / "llamafactory" / "qwen_qlora_packed.json").draft.values
     rank = values["method.rank"]

@@ -153,6 +153,13 @@ def test_commands_keep_lines_variables_and_environment() -> None:
     assert [[str(w.value) for w in c.words] for c in rest] == [["echo", "done"], ["ls"], ["wc"]]
 
 
+@pytest.mark.parametrize("text", ["$(expr 16 / $N)", "$((16 / N))", "$((16/$N))", "$(( (15 + 1) / ${N} ))"])
+def test_sums_of_whole_numbers_are_calculated(text: str) -> None:
+    (command,) = read_commands(f"N=2\nswift sft --x {text} --y 1\n", START)
+    expected = "8" if "/ N" not in text else text
+    assert " ".join(str(w.value) for w in command.words) == f"swift sft --x {expected} --y 1"
+
+
 def test_an_open_quote_is_an_error() -> None:
     with pytest.raises(RecipeError, match="x:1:1: not a shell command"):
         read_commands("swift sft --system 'open\n", START)
