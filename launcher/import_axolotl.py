@@ -80,7 +80,11 @@ def map_axolotl(d: Draft) -> bool:
 def _usual_roles(node: Node) -> bool:
     """Whether every role has the names that are known anyway."""
     roles = node.plain() if isinstance(node.value, dict) else {}
-    return all(_ROLES.get(name) == role for role, names in roles.items() for name in names)
+    return all(
+        _ROLES.get(name) == role
+        for role, names in roles.items()
+        for name in (names if isinstance(names, list) else [names])
+    )
 
 
 def _sources(d: Draft, node: Node, texts: bool) -> list[Source]:
@@ -96,7 +100,7 @@ def _source(d: Draft, item: Node, texts: bool) -> Source:
     path, files = str(entry.get("path") or ""), entry.get("data_files")
     kind = entry.get("type")
     named = re.split(r"[.:]", kind)[0] if isinstance(kind, str) else ""
-    mapping = entry.get("message_property_mappings") or {}
+    mapping = entry["message_property_mappings"] if isinstance(entry.get("message_property_mappings"), dict) else {}
     role = mapping.get("role") or entry.get("message_field_role") or "role"
     columns: dict[str, str] = {}
     format_ = "text" if texts else _FORMATS.get(named, "auto")

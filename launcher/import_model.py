@@ -173,7 +173,10 @@ def _bits(d: Draft) -> tuple[int, Node | None]:
 
 
 def _map_lora(d: Draft) -> None:
-    rank = d.number("method.rank", whole=True)
+    rank, found = d.number("method.rank", whole=True), d.one("method.rank")
+    if rank is not None and rank <= 0 and found is not None:
+        d.problem(found[1], f"{found[0]}: {rank}; expected a whole number, 1 or more", "")
+        return
     if rank:
         d.write("method.rank", int(rank))
     else:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .import_draft import Draft, word
+from .import_draft import Draft, shown_value, word
 from .recipe_yaml import Node
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
@@ -175,8 +175,12 @@ def _map_mmengine_schedule(d: Draft) -> None:
 
 def _map_betas(d: Draft) -> None:
     pair = d.one("train.betas")
-    if pair is not None and isinstance(pair[1].value, list) and len(pair[1].value) == 2:
-        d.write("train.betas", [float(item.value) for item in pair[1].value])
+    if pair is not None:
+        items = [item.value for item in pair[1].value] if isinstance(pair[1].value, list) else []
+        if len(items) == 2 and all(isinstance(item, int | float) for item in items):
+            d.write("train.betas", [float(item) for item in items])
+        else:
+            d.problem(pair[1], f"{pair[0]}: {shown_value(pair[1])}; expected two numbers", "")
         return
     first, second = d.number("train.betas:1"), d.number("train.betas:2")
     default = d.table.defaults.get("train.betas", [0.9, 0.999])

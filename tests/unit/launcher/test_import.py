@@ -232,6 +232,25 @@ def test_what_only_running_the_config_would_tell_is_an_error_where_it_is_needed(
         imported(source)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("r=64", "r=-1", "model.lora.r: -1; expected a whole number, 1 or more"),
+        ("betas = (0.9, 0.999)", "betas = ('a', 'b')", "expected two numbers"),
+        ("lr = 2e-4", "lr = 'fast'", "optim_wrapper.optimizer.lr: fast; expected a number"),
+        ("batch_size = 1 ", "batch_size = 1.5 ", "train_dataloader.batch_size: 1.5; expected a whole number"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_errors_with_their_line(folder: Path, old: str, new: str, said: str) -> None:
+    source = folder / "theirs" / "xtuner" / "qwen_qlora_alpaca.py"
+    text = source.read_text(encoding="utf-8")
+    assert old in text
+    source.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(RecipeError, match=re.escape(said)) as error:
+        imported(source)
+    assert re.search(r"qwen_qlora_alpaca\.py:\d+:\d+$", error.value.problems[0].where)
+
+
 def test_a_config_on_top_of_another_is_refused_with_its_name(folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"builds on others, which are not read: from \.base import \*"):
         made_from(folder, "x.py", "with read_base():\n    from .base import *\nmodel = dict()\n")
