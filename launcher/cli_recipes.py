@@ -119,3 +119,34 @@ def check(file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe.")]
         typer.echo(f"note: {note}")
     files = ", ".join(shown(Path(f.path)) for f in recipe.data.files)
     typer.echo(f"ok: {shown(loaded.files[0])}: {recipe.method.name} on {recipe.model.source}, data {files}")
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="XTuner .py, LLaMA-Factory, Axolotl or TRL YAML, ms-swift args.json, or a script."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The recipe to write. Default: FILE's name, here.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="xtuner | llamafactory | axolotl | swift | trl. Default: told by the content."),
+    ] = None,
+) -> None:
+    """Make a recipe of another program's settings, and say what became of each. Exits with 2 where a person must choose."""
+    from .import_recipe import import_recipe, write
+    from .import_report import report
+
+    imported = import_recipe(file, format or "", out)
+    problems = write(imported)
+    typer.echo(report(imported, problems))
+    devices = next((str(n.value) for k, n in imported.foreign.started if k == "CUDA_VISIBLE_DEVICES"), "")
+    typer.echo(f"\nwrote {shown(imported.out)}")
+    if imported.draft.choices or problems:
+        typer.echo(f"decide what is listed above, then: launch recipes check {shown(imported.out)}")
+        raise typer.Exit(2)
+    typer.echo(
+        f"it passes `launch recipes check`; run it: launch {shown(imported.out)}{f' --gpus {devices}' if devices else ''}"
+    )

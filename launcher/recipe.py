@@ -79,7 +79,12 @@ def load_recipe(path: Path, sets: Sequence[str] = (), elsewhere: Sequence[Path] 
 
 def dump_recipe(loaded: LoadedRecipe) -> str:
     """The merged values as YAML: one file that loads to an equal Recipe from any folder."""
-    return yaml.dump(loaded.values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return recipe_text(loaded.values)
+
+
+def recipe_text(values: dict[str, Any]) -> str:
+    """Nested plain values as YAML that is read back as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compatibility_page import document
+from .import_docs import page as import_page
 from .recipe_fields import Field, fields
 from .recipe_library import SCHEMA_FILE, list_recipes
 from .recipe_schema import ITEM_SHORT_FORMS, NULLABLE, SHORT_FORMS, Recipe
@@ -189,6 +190,7 @@ def generated_files() -> dict[Path, str]:
         root / "docs" / SCHEMA_FILE: schema_text(),
         root / "docs" / "templates.md": templates_page(),
         root / "docs" / "compatibility.md": document(),
+        root / "docs" / "import.md": import_page(),
         root / "recipes" / "README.md": readme_page(),
     }
 

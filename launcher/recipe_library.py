@@ -57,7 +57,7 @@ def find(name_or_path: str) -> Path:
         raise LaunchError(f"{name_or_path} is a folder, not a recipe", hint)
     if path.is_file():
         if path.suffix == ".py":
-            hint = "A recipe is YAML. Start from a shipped one: launch recipes list"
+            hint = f"Make a recipe of an XTuner config: launch recipes import {name_or_path}\nOr start from a shipped one: launch recipes list"
             raise LaunchError(f"{name_or_path} is a Python file, not a recipe", hint)
         return path
     shipped = shipped_folder() / f"{name_or_path.removesuffix('.yaml').removesuffix('.yml')}.yaml"

@@ -1,0 +1,11 @@
+accelerate launch --config_file examples/accelerate_configs/deepspeed_zero3.yaml trl/scripts/sft.py \
+    --model_name_or_path Qwen/Qwen2.5-1.5B \
+    --dataset_name ../data/chat.jsonl \
+    --learning_rate 2.0e-5 \
+    --num_train_epochs 1 \
+    --packing \
+    --per_device_train_batch_size 2 \
+    --gradient_accumulation_steps 8 \
+    --eos_token '<|im_end|>' \
+    --eval_strategy no \
+    --output_dir Qwen2.5-1.5B-SFT
