@@ -257,6 +257,12 @@ def map_lengths(d: Draft, texts_only: bool) -> None:
     if packed and not clean and d.table.name in ("xtuner", "llamafactory", "axolotl"):
         d.facts.add("dirty_packing")
     _map_too_long(d, bool(packed))
+    for learn in ("last", "all"):
+        if d.is_on(f"data.learn:{learn}"):
+            d.write("data.learn", learn, f"data.learn:{learn}")
+        else:
+            for key, node in d.all_of(f"data.learn:{learn}"):
+                d.note(key, node, "data.learn", "answers")
 
 
 def _map_too_long(d: Draft, packed: bool) -> None:

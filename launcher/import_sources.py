@@ -251,6 +251,7 @@ def map_trl(d: Draft) -> bool:
                 d.note(key, node, "data.files[]")
     if not any(key == "assistant_only_loss" and node.value for key, node in d.settings):
         d.facts.add("questions_learnt")
+        d.write_default("data.learn", "all")
     template = d.one("data.template")
     if template is not None:
         path = find_file(d, str(template[1].value))
