@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .attention_kinds import REFUSED
 from .errors import Problem
-from .model_facts import ModelFacts
+from .model_families import refusals_of
+from .model_layers import ModelFacts
 from .recipe_schema import Recipe
 
 OFFLOAD_STAGES = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}
@@ -43,19 +43,7 @@ def _model(facts: ModelFacts | None) -> list[Problem]:
     """Families whose attention packed rows do not allow, and those whose code fits no current transformers."""
     if facts is None:
         return []
-    if facts.model_type == "internlm2":
-        hint = (
-            "InternLM's own tools/convert2llama.py (github.com/InternLM/InternLM) writes the same weights in Llama's format:\n"
-            "run it once and give its output folder as model.source; the rest of the recipe stays as it is."
-        )
-        message = "transformers has no InternLM2, and the code beside its weights fits version 4"
-        return [Problem("model.source", message, hint)]
-    hint = (
-        "What works: models whose layers are all softmax attention, with or without a sliding window, such as\n"
-        "Qwen2.5, Qwen3, Llama 3, Mistral, Gemma 3 and SmolLM2."
-    )
-    reasons = [REFUSED[kind] for kind in facts.attention if kind in REFUSED]
-    return [Problem("model.source", f"{facts.model_type} cannot be trained: {reason}", hint) for reason in reasons]
+    return [Problem("model.source", refusal.reason, refusal.instead) for refusal in refusals_of(facts)]
 
 
 def _stretched(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
