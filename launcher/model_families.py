@@ -14,7 +14,7 @@ from .model_layers import ModelFacts
 _DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = _DENSE[:4]
 _GATE_UP = (*_ATTENTION, "gate_up_proj", "down_proj")
-_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Family:
     template: str
     """The same chat format among the templates of other tools; "": they have none."""
     targets: tuple[str, ...] = _DENSE
-    """All linear layers of a decoder layer that carry an adapter."""
+    """What carries an adapter unless a recipe says otherwise: the linear layers of a decoder layer, but not experts."""
     own_template: Literal["always", "chat", "unknown"] = "chat"
     """Which of its models bring a chat template of their own: all, those trained for chat, or the download tells."""
     example: str = ""
@@ -37,7 +37,8 @@ class Family:
     """For the table of families: what to know about its attention or weights."""
 
 
-_MOE = "experts are not linear layers: LoRA and 4 bits leave them as they are"
+_MOE = "experts stay in 16 bits under qlora"
+_JOINED = f"{_MOE}; targets: all-linear adapts them and their router as well, each expert with its own adapter"
 _ROWS = "its rotary positions change with the row length: rows stay within"
 
 FAMILIES: dict[str, Family] = {
@@ -74,7 +75,7 @@ FAMILIES: dict[str, Family] = {
             _ATTENTION,
             "always",
             "Qwen/Qwen3-30B-A3B",
-            _MOE,
+            _JOINED,
         ),
         Family(
             "internlm2",
@@ -121,7 +122,7 @@ FAMILIES: dict[str, Family] = {
             "xtuner/deepseek_v2",
             ("q_proj", *_LATENT),
             example="deepseek-ai/DeepSeek-V2-Lite-Chat",
-            note=f"latent attention: a row is not shared over devices (sp 1); {_MOE}, the shared ones apart",
+            note=f"latent attention: a row is not shared over devices (sp 1); {_JOINED}, and none of the shared experts",
         ),
         Family("llama2", "Llama 2", "llama", "llamafactory/llama2", example="meta-llama/Llama-2-7b-chat-hf"),
         Family("llama3", "Llama 3", "llama", "llamafactory/llama3", example="meta-llama/Meta-Llama-3-8B-Instruct"),
@@ -136,7 +137,7 @@ FAMILIES: dict[str, Family] = {
             "llamafactory/mistral",
             _ATTENTION,
             example="mistralai/Mixtral-8x7B-Instruct-v0.1",
-            note=_MOE,
+            note=_JOINED,
         ),
         Family("gemma", "Gemma", "gemma", "llamafactory/gemma", example="google/gemma-2b-it"),
         Family("gemma2", "Gemma 2", "gemma2", "llamafactory/gemma2", example="google/gemma-2-9b-it"),
@@ -221,7 +222,7 @@ FAMILIES: dict[str, Family] = {
             "MiniCPM3",
             "minicpm3",
             "xtuner/minicpm3",
-            ("q_a_proj", "q_b_proj", *_LATENT),
+            ("q_a_proj", "q_b_proj", *_LATENT, *_DENSE[4:]),
             "always",
             "openbmb/MiniCPM3-4B",
             "latent attention: a row is not shared over devices (sp 1)",

@@ -134,6 +134,14 @@ _FAMILIES = {
 }
 
 
+_JOINED_EXPERTS = {
+    "mixtral": ("w1", "w3", "w2", "gate"),
+    "qwen3_moe": ("gate_proj", "up_proj", "down_proj", "gate"),
+    "deepseek_v2": ("gate_proj", "up_proj", "down_proj", "gate"),
+}
+"""Names that PEFT takes for the experts' tensors (gate, up, down, router), and for no linear layer."""
+
+
 def is_known_family(model_type: str) -> bool:
     """Whether the layers of this `model_type` are known here."""
     return model_type in _FAMILIES
@@ -240,18 +248,40 @@ def lora_parameters(facts: ModelFacts, rank: int, targets: tuple[str, ...]) -> i
 
     `targets` are name endings, or ("all-linear",). Raises LaunchError when one matches no layer of a known family.
     """
-    layers = linear_layers(facts)
-    if targets != ("all-linear",):
-        missing = [t for t in targets if not any(_ends_with(name, t) for name in layers)]
-        if missing and not facts.is_approximate:
-            names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-            near = difflib.get_close_matches(missing[0], names, n=1)
-            raise LaunchError(
-                f"method.targets: {', '.join(missing)} match no linear layer of {facts.model_type}",
-                (f"Did you mean {near[0]}? " if near else "") + f"Allowed: all-linear, {', '.join(names)}.",
-            )
-        layers = {name: layer for name, layer in layers.items() if any(_ends_with(name, t) for t in targets)}
-    return rank * sum((layer.inputs + layer.outputs) * layer.layers for layer in layers.values())
+    layers, experts = linear_layers(facts), _JOINED_EXPERTS.get(facts.model_type, ())
+    names = tuple(dict.fromkeys([*(name.rpartition(".")[2] for name in layers), *experts]))
+    if targets == ("all-linear",):
+        targets = names
+    missing = [t for t in targets if t not in names and not any(_ends_with(name, t) for name in layers)]
+    if missing and not facts.is_approximate:
+        near = difflib.get_close_matches(missing[0], names, n=1)
+        raise LaunchError(
+            f"method.targets: {', '.join(missing)} match no linear layer of {facts.model_type}",
+            (f"Did you mean {near[0]}? " if near else "") + f"Allowed: all-linear, {', '.join(names)}.",
+        )
+    plain = [t for t in targets if t.rpartition(".")[2] not in experts]
+    adapted = [layer for name, layer in layers.items() if any(_ends_with(name, t) for t in plain)]
+    count = sum((layer.inputs + layer.outputs) * layer.layers for layer in adapted)
+    chosen = {t.rpartition(".")[2] for t in targets} & set(experts)
+    return rank * (count + (_expert_parameters(facts, experts, chosen) if chosen else 0))
+
+
+def _expert_parameters(facts: ModelFacts, names: tuple[str, ...], chosen: set[str]) -> int:
+    """Trainable parameters per rank that PEFT adds to the joined tensors of the experts, and to their router.
+
+    Gate and up projection are one tensor, which gets twice the rank (peft, utils/transformers_weight_conversion.py).
+    Raises LaunchError when one of the two is chosen without the other.
+    """
+    gate, up, down, router = names
+    h, i, n = facts.hidden_size, facts.intermediate_size, facts.num_experts
+    if (gate in chosen) != (up in chosen):
+        raise LaunchError(
+            f"method.targets: {gate} and {up} of the experts of {facts.model_type} are one tensor",
+            "Name both, or neither.",
+        )
+    per_layer = (n * 2 * (h + 2 * i) if gate in chosen else 0) + (n * (h + i) if down in chosen else 0)
+    per_layer += h + n if router in chosen else 0
+    return per_layer * (facts.num_layers - facts.dense_layers)
 
 
 def _ends_with(name: str, target: str) -> bool:
