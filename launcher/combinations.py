@@ -31,12 +31,16 @@ class Combination:
 def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
     """Why this plan may be looked at but not started; each hint names the nearest combination that works."""
     return [
-        *_model(facts),
-        *_stretched(recipe, facts),
+        *model_refusals(recipe, facts),
         *_scaled(combination),
         *_offload(combination),
         *_samples(combination, recipe),
     ]
+
+
+def model_refusals(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
+    """What the model itself does not allow, whatever it trains on."""
+    return [*_model(facts), *_stretched(recipe, facts)]
 
 
 def _model(facts: ModelFacts | None) -> list[Problem]:

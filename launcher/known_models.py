@@ -31,7 +31,9 @@ _COLUMNS = {
 _MIRRORS = (
     "01ai AI-ModelScope AI-ModelScope-Mirror LLM-Research OpenBMB Shanghai_AI_Laboratory THUDM ZhipuAI unsloth"
 ).lower().split()  # fmt: skip
-_CHAT = re.compile(r"-(chat|instruct|it|sft|dpo|thinking|reasoning|0414)(-|$)|r1-distill|^phi-|qwen3-(?!.*base)", re.I)
+_CHAT = re.compile(
+    r"-(chat|instruct|it|sft|dpo|thinking|reasoning|0414)(-|$)|r1-distill|^(phi|qwen3|chatglm3|minicpm[35])-", re.I
+)
 _ORIGINAL = "original_max_position_embeddings"
 _NEAR = 0.5
 
@@ -41,6 +43,8 @@ class KnownModel:
     """One published model."""
 
     model_id: str
+    names: str
+    """All names of this size, written `a{,-b}`."""
     family: Family
     config: dict[str, Any]
     """The keys of its config.json that decide sizes, attention and positions."""
@@ -51,7 +55,8 @@ class KnownModel:
     @property
     def is_chat(self) -> bool:
         """It was trained for chat, by its name."""
-        return bool(_CHAT.search(self.model_id.partition("/")[2]))
+        name = self.model_id.partition("/")[2]
+        return bool(_CHAT.search(name)) and "base" not in name.lower()
 
 
 def known_models() -> tuple[KnownModel, ...]:
@@ -80,14 +85,25 @@ def known_chat_template(model_id: str) -> bool | None:
     return True if found.family.own_template == "always" or found.is_chat else None
 
 
-def nearest_models(text: str, count: int = 3) -> list[str]:
-    """Up to `count` ids of the table that may have been meant by `text`, nearest first."""
-    wanted = text.lower().rpartition("/")[2]
-    names = _by_name()
+def nearest_models(text: str, count: int = 3, cutoff: float = _NEAR) -> list[str]:
+    """Up to `count` ids of the table that may have been meant by `text`, nearest first; 0 <= `cutoff` <= 1: how near."""
+    wanted = _bare(text.rpartition("/")[2])
+    names = {_bare(model.model_id.partition("/")[2]): model.model_id for model in known_models()}
     within = [name for name in names if wanted and wanted in name]
-    close = difflib.get_close_matches(wanted, list(names), n=count, cutoff=_NEAR)
+    close = difflib.get_close_matches(wanted, list(names), n=count, cutoff=cutoff)
     best = dict.fromkeys([*([wanted] if wanted in names else []), *close[:1], *sorted(within, key=len), *close])
-    return [names[name].model_id for name in itertools.islice(best, count)]
+    return [names[name] for name in itertools.islice(best, count)]
+
+
+def _bare(name: str) -> str:
+    """Letters and digits alone: people write gemma3-4b and gemma-3_4b."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def did_you_mean(text: str) -> str:
+    """A sentence with the known models nearest to a name that is none, or ""."""
+    near = nearest_models(text)
+    return f"Did you mean {', '.join(near[:-1])}{' or ' if near[1:] else ''}{near[-1]}?" if near else ""
 
 
 @functools.cache
@@ -98,7 +114,9 @@ def _by_id() -> dict[str, KnownModel]:
         for model_id in itertools.chain.from_iterable(_expanded(text) for text in row["models"].split()):
             family = FAMILIES[row["family"]]
             count = int(float(row["parameters"]))
-            found[model_id.lower()] = KnownModel(model_id, family, _config(row, family), count, row["source"])
+            found[model_id.lower()] = KnownModel(
+                model_id, row["models"], family, _config(row, family), count, row["source"]
+            )
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from .attention_kinds import RECURRENT, REFUSED, kinds_of_config, kinds_of_gguf
 from .errors import LaunchError
 from .gguf_header import GgufHeader, SkippedArray, read_gguf_header
-from .known_models import known_chat_template, known_config
+from .known_models import KnownModel, find_known, known_chat_template
 from .model_layers import (
     Latent,
     ModelFacts,
@@ -26,6 +26,7 @@ from .model_source import SourceRef, resolve_source
 __all__ = [
     "ModelFacts",
     "SourceRef",
+    "facts_of_known",
     "hub_cache_dir",
     "linear_layers",
     "lora_parameters",
@@ -63,10 +64,15 @@ def read_facts(ref: SourceRef, revision: str = "main") -> ModelFacts | None:
     if cached is not None:
         where = "Hub" if ref.kind == "hub" else "ModelScope"
         return _facts_of_folder(cached, f"config.json in the {where} cache", count_weights=True)
-    known = known_config(ref.location)
-    if known is None:
-        return None
-    return _facts_of_config(known, "built-in table", {}, 0, known_chat_template(ref.location))
+    known = find_known(ref.location)
+    return facts_of_known(known) if known else None
+
+
+def facts_of_known(model: KnownModel) -> ModelFacts:
+    """Sizes of a model of the built-in table."""
+    found = _facts_of_config(model.config, "built-in table", {}, 0, known_chat_template(model.model_id))
+    assert found is not None
+    return found
 
 
 def hub_cache_dir() -> Path:

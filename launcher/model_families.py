@@ -165,7 +165,7 @@ FAMILIES: dict[str, Family] = {
             ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
             "always",
             "microsoft/Phi-3.5-mini-instruct",
-            f"of the 128k models and Phi-3.5 {_ROWS} 4096 tokens",
+            "rotary positions of the 128k models and Phi-3.5 change with the row length: rows stay within 4096 tokens",
         ),
         Family(
             "phi4",
@@ -175,7 +175,7 @@ FAMILIES: dict[str, Family] = {
             ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
             "always",
             "microsoft/phi-4",
-            f"of Phi-4-mini {_ROWS} 4096 tokens; its chat format is llamafactory/phi4_mini",
+            "rotary positions of Phi-4-mini change with the row length: rows stay within 4096 tokens; its chat format is llamafactory/phi4_mini",
         ),
         Family(
             "chatglm3",
@@ -225,12 +225,21 @@ FAMILIES: dict[str, Family] = {
             ("q_a_proj", "q_b_proj", *_LATENT, *_DENSE[4:]),
             "always",
             "openbmb/MiniCPM3-4B",
-            "latent attention: a row is not shared over devices (sp 1)",
+            f"latent attention: a row is not shared over devices (sp 1); {_ROWS} 32768 tokens",
         ),
         Family("minicpm5", "MiniCPM5", "llama", "", example="openbmb/MiniCPM5-1B", own_template="unknown"),
         Family("smollm2", "SmolLM2", "llama", "llamafactory/smollm2", example="HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     )
 }
+
+
+# all-linear would also adapt experts, or the gate of a shared one: their recipes name the layers.
+_NAMED_TARGETS = frozenset(("qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"))
+
+
+def recipe_targets(family: Family | None) -> tuple[str, ...]:
+    """`method.targets` of a new recipe; ("all-linear",) where that means the same as the family's list."""
+    return family.targets if family and family.model_type in _NAMED_TARGETS else ("all-linear",)
 
 
 @dataclass(frozen=True)

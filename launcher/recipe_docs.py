@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .family_page import family_page
 from .recipe_fields import Field, fields
 from .recipe_library import SCHEMA_FILE, list_recipes
 from .recipe_schema import ITEM_SHORT_FORMS, NULLABLE, SHORT_FORMS, Recipe
@@ -185,6 +186,7 @@ def generated_files() -> dict[Path, str]:
     return {
         root / "docs" / "recipe_reference.md": reference_page(),
         root / "docs" / SCHEMA_FILE: schema_text(),
+        root / "docs" / "families.md": family_page(),
         root / "recipes" / "README.md": readme_page(),
     }
 
