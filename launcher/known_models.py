@@ -91,7 +91,8 @@ def nearest_models(text: str, count: int = 3, cutoff: float = _NEAR) -> list[str
     names = {_bare(model.model_id.partition("/")[2]): model.model_id for model in known_models()}
     within = [name for name in names if wanted and wanted in name]
     close = difflib.get_close_matches(wanted, list(names), n=count, cutoff=cutoff)
-    best = dict.fromkeys([*([wanted] if wanted in names else []), *close[:1], *sorted(within, key=len), *close])
+    same = [wanted] if wanted in names else []
+    best: dict[str, None] = dict.fromkeys([*same, *close[:1], *sorted(within, key=len), *close])
     return [names[name] for name in itertools.islice(best, count)]
 
 

@@ -269,7 +269,7 @@ def _facts_of_gguf(header: GgufHeader) -> ModelFacts:
         "intermediate_size": "feed_forward_length",
         "num_heads": "attention.head_count",
     }
-    dims = {key: _largest(meta.get(f"{arch}.{name}")) for key, name in names.items()}
+    dims: dict[str, Any] = {key: _largest(meta.get(f"{arch}.{name}")) for key, name in names.items()}
     missing = [f"{arch}.{names[key]}" for key, value in dims.items() if not value]
     if missing:
         raise LaunchError(f"the GGUF header has no {', '.join(missing)}", "Give a GGUF file of a text model.")
