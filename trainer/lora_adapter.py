@@ -247,7 +247,7 @@ def _updates(
         magnitude=names.get("magnitude"),
     )
     if not parameter:
-        return [(f"{module}.weight", update)]
+        return [(_stored_name(f"{module}.weight", base), update)]
     a, b = adapter.entries[names["A"]].shape, adapter.entries[names["B"]].shape
     return [
         (
@@ -298,6 +298,14 @@ def _ends_soon(pattern: str) -> bool:
     choices = pattern.count("|") + pattern.count("(")
     few = wildcards <= MAX_WILDCARDS and choices <= MAX_CHOICES and len(pattern) <= 500
     return few and SIMPLE_PATTERN.fullmatch(pattern) is not None
+
+
+def _stored_name(name: str, base: Mapping[str, TensorEntry]) -> str:
+    """`name` as the folder has it: beside a vision tower the decoder is model.language_model in memory, and mostly
+    language_model.model in files (transformers: conversion_mapping.py)."""
+    prefix = "model.language_model."
+    other = f"language_model.model.{name.removeprefix(prefix)}"
+    return other if name not in base and name.startswith(prefix) and other in base else name
 
 
 def _misfit(
