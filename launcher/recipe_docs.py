@@ -169,7 +169,10 @@ Each file opens with its run command, the hardware it needs, and what to expect.
 
 """
 
-_README_TAIL = """`data/example_chat.jsonl` and `data/example_text.jsonl` only show the formats: put your own file in their place.
+_README_TAIL = """For any other model: `launch recipes new --model ID --method qlora --data my.jsonl`; which are known, and which are not trained:
+[docs/families.md](../docs/families.md).
+
+`data/example_chat.jsonl` and `data/example_text.jsonl` only show the formats: put your own file in their place.
 `tiny/` is a model folder without weights: a two-layer config and a byte-level BPE tokenizer with 1024 entries.
 """
 
