@@ -40,7 +40,7 @@ def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None)
 
 def model_refusals(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
     """What the model itself does not allow, whatever it trains on."""
-    return [*_model(facts), *_stretched(recipe, facts)]
+    return [*_model(facts), *_stretched(recipe, facts), *_vision(recipe, facts)]
 
 
 def _model(facts: ModelFacts | None) -> list[Problem]:
@@ -48,6 +48,14 @@ def _model(facts: ModelFacts | None) -> list[Problem]:
     if facts is None:
         return []
     return [Problem("model.source", refusal.reason, refusal.instead) for refusal in refusals_of(facts)]
+
+
+def _vision(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
+    """Text gives a vision tower no gradient, and its weights have other names in memory than in the model's folder."""
+    if facts is None or not facts.has_vision or recipe.method.name != "full":
+        return []
+    message = "full is not for a model with a vision tower, which text does not train"
+    return [Problem("method.name", message, "Write method: lora or qlora, which adapt the decoder alone.")]
 
 
 def _stretched(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:

@@ -208,6 +208,7 @@ def _facts_of_config(
         is_approximate=not is_known_family(model_type) or text is not config,
         stretches_beyond=_stretches_beyond(text),
         latent=latent,
+        has_vision=isinstance(config.get("vision_config"), dict) or "other_parameters" in config,
         **{**dims, **_experts(text, dims)},
     )
     # Some checkpoints store the tied head a second time.

@@ -155,7 +155,7 @@ FAMILIES: dict[str, Family] = {
             "gemma3_text",
             "llamafactory/gemma",
             example="google/gemma-3-4b-it",
-            note="5 of 6 layers have the window; the vision tower is loaded, and neither trained nor adapted",
+            note="5 of 6 layers have the window; the vision tower is loaded and not adapted, so lora and qlora only",
         ),
         Family(
             "phi3",

@@ -73,6 +73,8 @@ class ModelFacts:
     dense_intermediate: int = 0
     """Width of those."""
     latent: Latent | None = None
+    has_vision: bool = False
+    """A vision tower is loaded with the decoder."""
 
     @property
     def mlp_width(self) -> int:

@@ -93,6 +93,9 @@ def write_new(wanted: Wanted) -> Written:
     if facts is not None:
         for refusal in refusals_of(facts):
             raise LaunchError(f"--model {wanted.model}: {refusal.reason}", refusal.instead)
+        if facts.has_vision and wanted.method == "full":
+            message = f"--method full: {wanted.model} has a vision tower, which text does not train"
+            raise LaunchError(message, "Take --method lora or qlora, which adapt the decoder alone.")
     for path in wanted.data:
         _require_data(path)
     target = wanted.out or Path(f"{_slug(source)}_{wanted.method}.yaml")

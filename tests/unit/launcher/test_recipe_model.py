@@ -43,6 +43,14 @@ def test_rows_longer_than_the_positions_allow() -> None:
     assert "rows of 8192 tokens" in problem.message
 
 
+def test_a_vision_tower_is_not_trained_on_text() -> None:
+    assert not check("model: google/gemma-3-4b-it\nmethod: lora").problems
+    (problem,) = check("model: google/gemma-3-4b-it\nmethod: full").problems
+    assert problem.where == "r.yaml:2: method.name"
+    assert problem.message == "full is not for a model with a vision tower, which text does not train"
+    assert "method: lora or qlora" in problem.hint
+
+
 @pytest.mark.parametrize("model", ["internlm/internlm2-chat-7b", "zai-org/chatglm3-6b", "openbmb/MiniCPM-2B-sft-bf16"])
 def test_models_that_come_with_their_own_code(model: str) -> None:
     for more in ("", "\n  trust_remote_code: true"):

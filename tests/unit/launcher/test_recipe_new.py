@@ -62,6 +62,10 @@ def test_a_new_recipe_is_short_and_plans_without_a_complaint(family, method: str
         with pytest.raises(LaunchError, match="full does not fit GPUs with 141 GB, not even 8 of them"):
             new(family.example, method, memory_gb)
         return
+    if method == "full" and family.name == "gemma3-vision":
+        with pytest.raises(LaunchError, match="--method full: google/gemma-3-4b-it has a vision tower"):
+            new(family.example, method, memory_gb)
+        return
     written = new(family.example, method, memory_gb)
     assert written.text.count("\n") <= MAX_LINES
     assert written.path.read_text(encoding="utf-8") == written.text

@@ -342,6 +342,16 @@ def test_a_decoder_beside_a_vision_tower_has_other_names_in_the_folder(tmp_path)
     assert_proved(base, adapter, out)
 
 
+def test_all_linear_adapts_experts_and_their_router(tmp_path):
+    base = save_experts(tmp_path / "base", "mixtral")
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32)
+    out = merge(base, adapter, tmp_path / "ours", "--no-proof")
+    changed = {n for n, t in weights(out).items() if not torch.equal(t, weights(base)[n])}
+    assert {n for n in changed if "gate" in n} == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in (0, 1)}
+    assert len(changed) == 2 * (4 + 1 + 4 * 3)
+    assert_proved(base, adapter, out)
+
+
 @pytest.mark.parametrize("targets", [["gate_up_proj", "down_proj"], ["down_proj"], ["gate_up_proj"]])
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
 def test_experts(tmp_path, family, targets):
