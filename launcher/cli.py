@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(recipes_app, name="recipes", help="List, show, copy and check recipes.")
+app.add_typer(recipes_app, name="recipes", help="List, show, copy, write and check recipes.")
 app.add_typer(data_app, name="data", help="Look at a recipe's data as the model will.")
 app.add_typer(runs_app, name="runs", help="List, show, watch, stop and resume runs.")
 app.add_typer(cluster_app, name="cluster", help="Check that the hosts of a run fit together.")

@@ -1,4 +1,4 @@
-"""`launch recipes ...`: look at the shipped recipes, copy one, check one's own."""
+"""`launch recipes ...`: look at the shipped recipes, copy one, write a new one, check one's own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from trainer.turn_templates import turn_templates
 
 from .errors import LaunchError, RecipeError
-from .recipe_library import copy, find, list_recipes, shipped_names
+from .recipe_library import copy, find, list_recipes, near_recipes, shipped_names
 from .recipe_yaml import shown
 
-app = typer.Typer(no_args_is_help=True, help="Recipes: list, show, copy, check.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, help="Recipes: list, show, copy, new, check.", rich_markup_mode=None)
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")
@@ -35,14 +35,38 @@ Name = Annotated[
 def list_command(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Part of a name, model, method or purpose.")] = "",
 ) -> None:
-    """List the shipped recipes. Raises LaunchError when none fits PATTERN."""
-    rows = list_recipes(pattern)
-    if not rows:
-        raise LaunchError(f"no shipped recipe fits '{pattern}'", f"There are: {', '.join(shipped_names())}")
-    width = max(len(row.name) for row in rows)
+    """List the shipped recipes, and the known models that fit PATTERN. Raises LaunchError when there is neither."""
+    from .family_page import listed_models
+
+    rows, models = list_recipes(pattern), listed_models(pattern)
+    if not rows and not models:
+        raise LaunchError(f"no shipped recipe and no known model fits '{pattern}'", near_recipes(pattern))
+    width = max((len(row.name) for row in rows), default=0)
     for row in rows:
         typer.echo(f"{row.name:<{width}}  {row.purpose}")
         typer.echo(f"{'':<{width}}  {row.model}, {row.method}; {row.hardware}")
+    for line in models:
+        typer.echo(line)
+
+
+@app.command()
+def new(
+    model: Annotated[str, typer.Option(help="Hub id, modelscope:ID, folder, .gguf or package:NAME/FILE.")],
+    data: Annotated[list[str], typer.Option(help="Data file; may be repeated.")],
+    method: Annotated[str, typer.Option(help="full | lora | qlora.")] = "qlora",
+    out: Annotated[Path | None, typer.Option(help="The new file. Default: MODEL_METHOD.yaml.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="Memory of one GPU in GB. Default: this machine's, else 24.", min=1)
+    ] = None,
+) -> None:
+    """Write a short recipe for a model, a method and data, sized for a GPU. Raises LaunchError where none can be."""
+    from .recipe_new import Wanted, memory_here, write_new
+
+    written = write_new(Wanted(model, method, tuple(data), gpu_memory or memory_here(), out))
+    for note in written.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"wrote {shown(written.path)} ({written.text.count(chr(10))} lines)")
+    typer.echo(f"see what it would do: launch plan {shown(written.path)}")
 
 
 @app.command()
@@ -107,15 +131,16 @@ def schema() -> None:
 
 @app.command()
 def check(file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe.")], sets: SetOption = None) -> None:
-    """Check a recipe and the files that it names, without a device. Raises RecipeError with every mistake."""
+    """Check a recipe, its model and the files that it names, without a device or a download. Raises RecipeError with every mistake."""
     from .combinations import refusals_anywhere
     from .recipe import load_recipe
+    from .recipe_model import check_model
 
     loaded = load_recipe(Path(file), sets or ())
-    recipe = loaded.recipe
-    if refused := refusals_anywhere(recipe):
-        raise RecipeError(loaded.located(refused))
-    for note in loaded.notes:
+    recipe, model = loaded.recipe, check_model(loaded)
+    if refused := [*loaded.located(refusals_anywhere(recipe)), *model.problems]:
+        raise RecipeError(refused)
+    for note in (*loaded.notes, *model.notes):
         typer.echo(f"note: {note}")
     files = ", ".join(shown(Path(f.path)) for f in recipe.data.files)
     typer.echo(f"ok: {shown(loaded.files[0])}: {recipe.method.name} on {recipe.model.source}, data {files}")

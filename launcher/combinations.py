@@ -9,7 +9,8 @@ from typing import Any
 from .compatibility import Choice, applied, broken, holds, nearest, remedies, works
 from .compatibility_table import AXES, CAUTIONS, JOINED_WHILE_LOADING, MANY, RULES, Rule
 from .errors import Problem
-from .model_facts import ModelFacts
+from .model_families import refusals_of
+from .model_layers import ModelFacts
 from .recipe_schema import Recipe
 
 OFFLOAD_STAGES = {
@@ -74,7 +75,7 @@ def refusals(combination: Combination, recipe: Recipe, facts: ModelFacts | None)
     `compile_refusals` and `sequence_parallel.size_problem` have the rest: they depend on the machine and on numbers.
     """
     choice = choice_of(combination, recipe)
-    found = [*_of_model(facts), *_stretched(recipe, facts)]
+    found = model_refusals(recipe, facts)
     if joins_experts(facts) and combination.zero_stage == 3:
         found.append(refusal(_BY_NAME["experts-under-stage-3"], choice))
     # The sizes of sp that devices and heads allow are a matter of numbers, told where those are known.
@@ -152,19 +153,28 @@ def joins_experts(facts: ModelFacts | None) -> bool:
     return facts is not None and facts.num_experts > 0 and facts.model_type in JOINED_WHILE_LOADING
 
 
+def model_refusals(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
+    """What the model itself does not allow, whatever it trains on."""
+    return [*_of_model(facts), *_stretched(recipe, facts), *_vision(recipe, facts)]
+
+
 def _of_model(facts: ModelFacts | None) -> list[Problem]:
     """Families whose attention packed rows do not allow, and those whose code fits no current transformers."""
     if facts is None:
         return []
+    rules = [rule for kind in facts.attention for rule in broken({"attention": kind})]
     if facts.model_type == "internlm2":
-        return [refusal(_BY_NAME["internlm2-code"], {})]
-    found = [rule for kind in facts.attention for rule in broken({"attention": kind})]
-    problems = []
-    for rule in found:
-        named = refusal(rule, {"attention": rule.when["attention"][0]})
-        message = f"{facts.model_type} cannot be trained: {named.message}"
-        problems.append(replace(named, message=message))
-    return problems
+        rules = [_BY_NAME["internlm2-code"]]
+    told = "; ".join(dict.fromkeys(sources(rule) for rule in rules))
+    return [Problem("model.source", refused.reason, refused.instead, source=told) for refused in refusals_of(facts)]
+
+
+def _vision(recipe: Recipe, facts: ModelFacts | None) -> list[Problem]:
+    """Text gives a vision tower no gradient, and its weights have other names in memory than in the model's folder."""
+    if facts is None or not facts.has_vision or recipe.method.name != "full":
+        return []
+    message = "full is not for a model with a vision tower, which text does not train"
+    return [Problem("method.name", message, "Write method: lora or qlora, which adapt the decoder alone.")]
 
 
 def stored_refusals(method: str) -> list[Problem]:

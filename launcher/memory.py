@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from trainer.ds_config import LIVE_PARAMETERS, REDUCE_BUCKET, SUB_GROUP
 from trainer.spec import TrainSpec
 
-from .model_facts import ModelFacts, linear_layers, lora_parameters
+from .model_layers import ModelFacts, linear_layers, lora_parameters
 
 GB = 2**30
 
@@ -256,7 +256,7 @@ def _optimizer(inputs: MemoryInputs) -> Term:
 def _layer_bytes(inputs: MemoryInputs) -> int:
     """Bytes per token that one layer keeps for its backward pass (the module docstring names the source)."""
     facts, size = inputs.facts, _ELEMENT_BYTES[inputs.dtype]
-    h, i = facts.hidden_size, facts.intermediate_size
+    h, i = facts.hidden_size, facts.mlp_width
     q, kv = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     # Two norms keep their fp32 input; a weight that trains keeps the normalised value too.
     norms = 8 * h + (4 if inputs.method == "full" else 2) * h * size
@@ -265,7 +265,7 @@ def _layer_bytes(inputs: MemoryInputs) -> int:
         shapes = linear_layers(facts).values()
         adapters = inputs.rank * len(shapes) * size
         if inputs.dropout > 0:
-            adapters += sum(n for n, _ in shapes) * (size + 1)
+            adapters += sum(layer.inputs for layer in shapes) * (size + 1)
     return norms + (3 * q + 2 * kv + 4 * i) * size + adapters
 
 
@@ -296,7 +296,7 @@ def _working(inputs: MemoryInputs) -> Term:
     if inputs.method == "full":
         head += facts.vocab_size * facts.hidden_size * 8
         text += f" + its gradient {facts.vocab_size} x {facts.hidden_size} x 8 bytes"
-    layer = tokens * (3 * facts.intermediate_size + 2 * facts.hidden_size) * size
+    layer = tokens * (3 * facts.mlp_width + 2 * facts.hidden_size) * size
     what = "gradients inside one layer"
     if inputs.gradient_checkpointing:
         layer += tokens * _layer_bytes(inputs)

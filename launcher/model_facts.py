@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .attention_kinds import RECURRENT, REFUSED, kinds_of_config, kinds_of_gguf
 from .errors import LaunchError
 from .gguf_header import GgufHeader, SkippedArray, read_gguf_header
-from .known_models import known_chat_template, known_config
+from .known_models import KnownModel, find_known, known_chat_template
+from .model_layers import (
+    Latent,
+    ModelFacts,
+    is_known_family,
+    is_tied_by_default,
+    linear_layers,
+    lora_parameters,
+    with_counts,
+)
 from .model_source import SourceRef, resolve_source
 
 __all__ = [
     "ModelFacts",
     "SourceRef",
+    "facts_of_known",
     "hub_cache_dir",
     "linear_layers",
     "lora_parameters",
@@ -31,72 +38,17 @@ __all__ = [
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """Sizes of a decoder. Counts are in parameters, `weight_bytes_on_disk` in bytes (0: not on this disk)."""
-
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    max_positions: int
-    """0 when the model does not say."""
-    sliding_window: int | None
-    """Tokens; None when every token may attend to all before it."""
-    attention: tuple[str, ...]
-    """Kinds of attention_kinds.py that its layers have; never empty."""
-    num_experts: int
-    """0 for a dense model."""
-    num_parameters: int
-    num_linear_parameters: int
-    """Weights of the decoder's linear layers: what QLoRA holds in 4 bits and LoRA adds to. Not the head."""
-    weight_bytes_on_disk: int
-    has_chat_template: bool | None
-    """None: only the download can tell."""
-    known_from: str
-    """For people: "config.json", "gguf header", "config.json in the Hub cache", "built-in table"."""
-    is_approximate: bool
-    """The family's layers are not known here: counts assume a Llama-like decoder."""
-    stretches_beyond: int = 0
-    """Row length in tokens above which rotary frequencies depend on the longest position of the row; 0: they never do."""
-
-
-@dataclass(frozen=True)
-class _Family:
-    fused: str = ""
-    """"" for q_proj, k_proj, ...; "internlm2" or "phi3" for families that fuse some of them."""
-    qkv_bias: bool = False
-    """Biases on q, k, v whatever config.json says."""
-    qk_norm: bool = False
-    norms_per_layer: int = 2
-    tied_by_default: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen3": _Family(qk_norm=True),
-    "internlm2": _Family(fused="internlm2"),
-    "phi3": _Family(fused="phi3"),
-    "smollm3": _Family(tied_by_default=True),
-    "gemma": _Family(tied_by_default=True),
-    "gemma2": _Family(norms_per_layer=4, tied_by_default=True),
-    "gemma3_text": _Family(norms_per_layer=4, qk_norm=True, tied_by_default=True),
-}
 # Names of the same quantity in config.json, first match wins.
 _NAMES = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "intermediate_size": ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner"),
+    "intermediate_size": ("moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner"),
     "num_heads": ("num_attention_heads", "n_head"),
-    "vocab_size": ("vocab_size",),
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
 }
+_KV_HEADS = ("num_key_value_heads", "multi_query_group_num")
+_POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "model_max_length")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_facts(ref: SourceRef, revision: str = "main") -> ModelFacts | None:
@@ -113,48 +65,15 @@ def read_facts(ref: SourceRef, revision: str = "main") -> ModelFacts | None:
     if cached is not None:
         where = "Hub" if ref.kind == "hub" else "ModelScope"
         return _facts_of_folder(cached, f"config.json in the {where} cache", count_weights=True)
-    known = known_config(ref.location)
-    if known is None:
-        return None
-    return _facts_of_config(known, "built-in table", {}, 0, known_chat_template(ref.location))
+    known = find_known(ref.location)
+    return facts_of_known(known) if known else None
 
 
-def linear_layers(facts: ModelFacts) -> dict[str, tuple[int, int]]:
-    """The linear layers of one decoder layer: name as in transformers -> (inputs, outputs)."""
-    h, i = facts.hidden_size, facts.intermediate_size
-    q, kv = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
-    fused = _FAMILIES.get(facts.model_type, _Family()).fused
-    if fused == "internlm2":
-        layers = {"attention.wqkv": (h, q + 2 * kv), "attention.wo": (q, h)}
-        mlp = {"feed_forward.w1": (h, i), "feed_forward.w3": (h, i), "feed_forward.w2": (i, h)}
-    elif fused == "phi3":
-        layers = {"self_attn.qkv_proj": (h, q + 2 * kv), "self_attn.o_proj": (q, h)}
-        mlp = {"mlp.gate_up_proj": (h, 2 * i), "mlp.down_proj": (i, h)}
-    else:
-        layers = {"self_attn.q_proj": (h, q), "self_attn.k_proj": (h, kv), "self_attn.v_proj": (h, kv)}
-        layers["self_attn.o_proj"] = (q, h)
-        mlp = {"mlp.gate_proj": (h, i), "mlp.up_proj": (h, i), "mlp.down_proj": (i, h)}
-    # transformers keeps the experts of a layer in one tensor, which an adapter on linear layers does not touch.
-    return layers if facts.num_experts else layers | mlp
-
-
-def lora_parameters(facts: ModelFacts, rank: int, targets: tuple[str, ...]) -> int:
-    """Trainable parameters of LoRA: rank x (inputs + outputs) of each adapted layer (arXiv 2106.09685, section 4.1).
-
-    `targets` are name endings, or ("all-linear",). Raises LaunchError when one matches no layer of a known family.
-    """
-    layers = linear_layers(facts)
-    if targets != ("all-linear",):
-        missing = [t for t in targets if not any(_ends_with(name, t) for name in layers)]
-        if missing and not facts.is_approximate:
-            names = [name.rpartition(".")[2] for name in layers]
-            near = difflib.get_close_matches(missing[0], names, n=1)
-            raise LaunchError(
-                f"method.targets: {', '.join(missing)} match no linear layer of {facts.model_type}",
-                (f"Did you mean {near[0]}? " if near else "") + f"Allowed: all-linear, {', '.join(names)}.",
-            )
-        layers = {name: shape for name, shape in layers.items() if any(_ends_with(name, t) for t in targets)}
-    return facts.num_layers * rank * sum(inputs + outputs for inputs, outputs in layers.values())
+def facts_of_known(model: KnownModel) -> ModelFacts:
+    """Sizes of a model of the built-in table."""
+    found = _facts_of_config(model.config, "built-in table", {}, 0, known_chat_template(model.model_id))
+    assert found is not None
+    return found
 
 
 def hub_cache_dir() -> Path:
@@ -162,10 +81,6 @@ def hub_cache_dir() -> Path:
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     return Path(os.path.expandvars(cache)).expanduser()
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
 
 
 def _cached_folder(ref: SourceRef, revision: str) -> Path | None:
@@ -262,41 +177,73 @@ def _facts_of_config(
     """None when config.json does not describe a decoder in a way that is known here. `shapes` may be empty."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
-    dims = {key: next((v for n in names if (v := _count(text, n))), 0) for key, names in _NAMES.items()}
+    dims = {key: _first(text, names) for key, names in _NAMES.items()}
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
     attention = kinds_of_config({**text, "model_type": model_type})
     if not all(dims.values()):
         if RECURRENT in attention:
             raise LaunchError(f"{model_type} cannot be trained: {REFUSED[RECURRENT]}", "Choose a transformer model.")
         return None
-    family = _FAMILIES.get(model_type, _Family())
-    experts = _count(text, "num_experts") or _count(text, "num_local_experts") or _count(text, "n_routed_experts")
-    if not experts:
-        dims["intermediate_size"] = _count(text, "intermediate_size") or dims["intermediate_size"]
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if tied is None:
         has_head = any(name.endswith(("lm_head.weight", "output.weight")) for name in shapes)
-        tied = not has_head if shapes else family.tied_by_default
+        tied = not has_head if shapes else is_tied_by_default(model_type)
     window = _count(text, "sliding_window") if text.get("use_sliding_window", True) else 0
+    latent = _latent(text, dims)
+    head_dim = _count(text, "head_dim") or _count(text, "kv_channels") or dims["hidden_size"] // dims["num_heads"]
+    if latent:
+        head_dim = _count(text, "qk_nope_head_dim") + latent.rotary_dim
     facts = ModelFacts(
         model_type=model_type,
-        num_kv_heads=_count(text, "num_key_value_heads") or dims["num_heads"],
-        head_dim=_count(text, "head_dim") or dims["hidden_size"] // dims["num_heads"],
+        num_kv_heads=_first(text, _KV_HEADS) or dims["num_heads"],
+        head_dim=head_dim,
         tie_word_embeddings=bool(tied),
-        max_positions=_count(text, "max_position_embeddings") or _count(text, "n_positions"),
+        max_positions=_first(text, _POSITIONS),
         sliding_window=window or None,
         attention=attention,
-        num_experts=experts,
         num_parameters=0,
         num_linear_parameters=0,
         weight_bytes_on_disk=num_bytes,
         has_chat_template=has_template,
         known_from=known_from,
-        is_approximate=model_type not in _FAMILIES or bool(experts) or text is not config,
+        is_approximate=not is_known_family(model_type) or text is not config,
         stretches_beyond=_stretches_beyond(text),
-        **dims,
+        latent=latent,
+        has_vision=isinstance(config.get("vision_config"), dict) or "other_parameters" in config,
+        **{**dims, **_experts(text, dims)},
     )
-    return _with_counts(facts, text, shapes)
+    # Some checkpoints store the tied head a second time.
+    stored = sum(n for name, n in shapes.items() if not (facts.tie_word_embeddings and name == "lm_head.weight"))
+    return with_counts(facts, text, stored)
+
+
+def _experts(config: dict[str, Any], dims: dict[str, int]) -> dict[str, int]:
+    """What config.json says of experts, under the names of ModelFacts."""
+    experts = _first(config, _EXPERTS)
+    if not experts:
+        width = _first(config, _NAMES["intermediate_size"][1:])
+        return {"num_experts": 0, "intermediate_size": width or dims["intermediate_size"]}
+    shared = _count(config, "shared_expert_intermediate_size")
+    return {
+        "num_experts": experts,
+        "experts_per_token": _count(config, "num_experts_per_tok"),
+        "shared_intermediate": shared or _count(config, "n_shared_experts") * dims["intermediate_size"],
+        "dense_layers": _count(config, "first_k_dense_replace"),
+        "dense_intermediate": _count(config, "intermediate_size"),
+    }
+
+
+def _latent(config: dict[str, Any], dims: dict[str, int]) -> Latent | None:
+    if not _count(config, "kv_lora_rank"):
+        return None
+    value_dim = _count(config, "v_head_dim") or dims["hidden_size"] // dims["num_heads"]
+    rotary_dim = _count(config, "qk_rope_head_dim")
+    return Latent(_count(config, "kv_lora_rank"), _count(config, "q_lora_rank"), rotary_dim, value_dim)
+
+
+def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
+    """The first of several names that config.json has as a positive whole number, or 0."""
+    return next((value for name in names if (value := _count(config, name))), 0)
 
 
 def _stretches_beyond(config: dict[str, Any]) -> int:
@@ -307,31 +254,6 @@ def _stretches_beyond(config: dict[str, Any]) -> int:
         return 0
     original = "original_max_position_embeddings"
     return _count(rope, original) or _count(config, original) or _count(config, "max_position_embeddings")
-
-
-def _with_counts(facts: ModelFacts, config: dict[str, Any], shapes: dict[str, int]) -> ModelFacts:
-    family = _FAMILIES.get(facts.model_type, _Family())
-    h, q, kv = facts.hidden_size, facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
-    linear = _linear_parameters(facts)
-    per_layer = family.norms_per_layer * h + (2 * facts.head_dim if family.qk_norm else 0)
-    if family.qkv_bias:
-        per_layer += q + 2 * kv
-    elif config.get("attention_bias") or config.get("bias"):
-        per_layer += q + 2 * kv + h
-    if config.get("mlp_bias"):
-        per_layer += 2 * facts.intermediate_size + h
-    embeddings = facts.vocab_size * h * (1 if facts.tie_word_embeddings else 2)
-    total = linear + facts.num_layers * per_layer + embeddings + h
-    if shapes:
-        # Some checkpoints store the tied head a second time.
-        total = sum(n for name, n in shapes.items() if not (facts.tie_word_embeddings and name == "lm_head.weight"))
-    return dataclasses.replace(facts, num_parameters=total, num_linear_parameters=linear)
-
-
-def _linear_parameters(facts: ModelFacts) -> int:
-    layer = sum(inputs * outputs for inputs, outputs in linear_layers(facts).values())
-    experts = facts.num_experts * 3 * facts.hidden_size * facts.intermediate_size
-    return facts.num_layers * (layer + experts)
 
 
 def _count(config: dict[str, Any], name: str) -> int:
@@ -349,7 +271,7 @@ def _facts_of_gguf(header: GgufHeader) -> ModelFacts:
         "intermediate_size": "feed_forward_length",
         "num_heads": "attention.head_count",
     }
-    dims = {key: _largest(meta.get(f"{arch}.{name}")) for key, name in names.items()}
+    dims: dict[str, Any] = {key: _largest(meta.get(f"{arch}.{name}")) for key, name in names.items()}
     missing = [f"{arch}.{names[key]}" for key, value in dims.items() if not value]
     if missing:
         raise LaunchError(f"the GGUF header has no {', '.join(missing)}", "Give a GGUF file of a text model.")
@@ -372,10 +294,10 @@ def _facts_of_gguf(header: GgufHeader) -> ModelFacts:
         weight_bytes_on_disk=header.file_bytes,
         has_chat_template=bool(meta.get("tokenizer.chat_template")),
         known_from="gguf header",
-        is_approximate=arch not in _FAMILIES or bool(experts),
+        is_approximate=not is_known_family(arch) or bool(experts),
         **dims,
     )
-    return dataclasses.replace(facts, num_linear_parameters=_linear_parameters(facts))
+    return with_counts(facts, {}, facts.num_parameters)
 
 
 def _largest(value: Any) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import LaunchError
+from .known_models import did_you_mean
 
 # A folder with one of these can tokenize; tokenizer_config.json alone cannot.
 TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -65,7 +66,9 @@ def resolve_source(source: str, base_dir: Path) -> SourceRef:
         return SourceRef("hub", source, source)
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     what = f"the folder {path} does not exist" if is_path else "is neither a local folder nor a Hub id (ORG/NAME)"
-    raise LaunchError(f"model.source {source!r}: {what}", f"Relative paths start at the recipe file. {_FORMS}")
+    near = "" if is_path else did_you_mean(source)
+    hint = f"Relative paths start at the recipe file. {_FORMS}"
+    raise LaunchError(f"model.source {source!r}: {what}", f"{near}\n{hint}".strip())
 
 
 def _absolute(text: str, base_dir: Path) -> Path:

@@ -33,6 +33,7 @@ from trainer.spec import (
 from .combinations import compile_refusals, stored_refusals
 from .compiler import install_hint
 from .errors import PlanError, Problem
+from .known_models import nearest_models
 from .layout import Layout, decide_layout, simplest_layout
 from .memory import MemoryEstimate, inputs_of
 from .model_facts import ModelFacts
@@ -289,7 +290,9 @@ def _evaluate(recipe: Recipe) -> EvaluateSpec:
 
 def _model_line(source: SourceRef, facts: ModelFacts | None, recipe: Recipe) -> str:
     if facts is None:
-        return f"{source.display}: sizes unknown until it is downloaded, so there is no memory estimate"
+        near = nearest_models(source.location, cutoff=0.8) if source.kind in ("hub", "modelscope") else []
+        known = f"; known models of nearly this name: {', '.join(near)}" if near else ""
+        return f"{source.display}: sizes unknown until it is downloaded, so there is no memory estimate{known}"
     return (
         f"{source.display}: {facts.num_parameters / 1e9:.2f} B parameters, {facts.num_layers} layers, "
         f"{facts.num_heads} heads ({facts.num_kv_heads} kv), {recipe.model.dtype} (from {facts.known_from})"

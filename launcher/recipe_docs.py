@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compatibility_page import document
+from .family_page import family_page
 from .import_docs import page as import_page
 from .recipe_fields import Field, fields
 from .recipe_library import SCHEMA_FILE, list_recipes
@@ -171,7 +172,10 @@ Each file opens with its run command, the hardware it needs, and what to expect.
 
 """
 
-_README_TAIL = """`data/example_chat.jsonl` and `data/example_text.jsonl` only show the formats: put your own file in their place.
+_README_TAIL = """For any other model: `launch recipes new --model ID --method qlora --data my.jsonl`; which are known, and which are not trained:
+[docs/families.md](../docs/families.md).
+
+`data/example_chat.jsonl` and `data/example_text.jsonl` only show the formats: put your own file in their place.
 `tiny/` is a model folder without weights: a two-layer config and a byte-level BPE tokenizer with 1024 entries.
 """
 
@@ -191,6 +195,7 @@ def generated_files() -> dict[Path, str]:
         root / "docs" / "templates.md": templates_page(),
         root / "docs" / "compatibility.md": document(),
         root / "docs" / "import.md": import_page(),
+        root / "docs" / "families.md": family_page(),
         root / "recipes" / "README.md": readme_page(),
     }
 

@@ -81,6 +81,16 @@ def _near(path: Path) -> str:
     return f"{hint}Shipped recipes: launch recipes list"
 
 
+def near_recipes(text: str) -> str:
+    """A hint with the three names of shipped recipes nearest to `text`, and of known models."""
+    from .known_models import nearest_models
+
+    near = difflib.get_close_matches(text.lower(), shipped_names(), n=3, cutoff=0.0)
+    models = nearest_models(text)
+    also = f"\nKnown models nearest to it: {', '.join(models)}" if models else ""
+    return f"Nearest recipes: {', '.join(near)}{also}\nAll recipes: launch recipes list"
+
+
 def list_recipes(pattern: str = "") -> list[RecipeRow]:
     """Shipped recipes whose name, model, method or purpose holds `pattern` (in any case; * and ? are wildcards)."""
     rows = [_row(shipped_folder() / f"{name}.yaml") for name in shipped_names()]

@@ -54,7 +54,10 @@ def packed_attention(
         )
         return out.transpose(1, 2), None
     lengths = document_lengths or (length_q,)
-    if len(lengths) > 1 and dropout == 0.0 and _has_flash(query_BHTD):
+    same_size = (
+        query_BHTD.shape[-1] == value_BKTD.shape[-1]
+    )  # the kernel takes no other; latent attention has smaller values
+    if len(lengths) > 1 and dropout == 0.0 and same_size and _has_flash(query_BHTD):
         return _varlen(query_BHTD, key_BKTD, value_BKTD, lengths, scaling, sliding_window), None
     whole = sliding_window is None or max(lengths) <= sliding_window
     if whole and dropout == 0.0 and _trains_on_cpu(query_BHTD, value_BKTD):

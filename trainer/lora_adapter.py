@@ -230,7 +230,8 @@ def _updates(
     config = adapter.config
     parameters = config.get("target_parameters") or []
     parameter = ""
-    if parameters and f"{module}.weight" not in base:
+    stored = _stored_name(f"{module}.weight", base)
+    if parameters and stored not in base:
         parameter = adapted_parameter(module, raw.count(".base_layer"), parameters)
     adapted = f"{module}.{parameter}".rstrip(".")
     rank = _pattern_value(config.get("rank_pattern"), adapted, config["r"])
@@ -247,7 +248,7 @@ def _updates(
         magnitude=names.get("magnitude"),
     )
     if not parameter:
-        return [(f"{module}.weight", update)]
+        return [(stored, update)]
     a, b = adapter.entries[names["A"]].shape, adapter.entries[names["B"]].shape
     return [
         (
@@ -298,6 +299,16 @@ def _ends_soon(pattern: str) -> bool:
     choices = pattern.count("|") + pattern.count("(")
     few = wildcards <= MAX_WILDCARDS and choices <= MAX_CHOICES and len(pattern) <= 500
     return few and SIMPLE_PATTERN.fullmatch(pattern) is not None
+
+
+def _stored_name(name: str, base: Mapping[str, TensorEntry]) -> str:
+    """`name` as the folder has it. Some are others in memory (transformers: conversion_mapping.py): a decoder beside a vision
+    tower is model.language_model there and mostly language_model.model in files, Mixtral's router mlp.gate."""
+    others = (
+        re.sub(r"^model\.language_model\.", "language_model.model.", name),
+        name.replace(".mlp.gate.", ".block_sparse_moe.gate."),
+    )
+    return next((other for other in (name, *others) if other in base), name)
 
 
 def _misfit(

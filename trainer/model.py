@@ -5,6 +5,7 @@ Shapes: B batch (always 1: a packed row), T row length, D hidden size.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -145,6 +146,7 @@ def _add_adapters(base: Any, method: MethodSpec, model: ModelSpec) -> nn.Module:
         lora_alpha=method.alpha,  # type: ignore[arg-type]  # peft divides it, and any number will do
         lora_dropout=method.dropout,
         target_modules=targets,
+        exclude_modules=decoder_only(base),
         task_type="CAUSAL_LM",
     )
     try:
@@ -164,6 +166,19 @@ def _add_adapters(base: Any, method: MethodSpec, model: ModelSpec) -> nn.Module:
     if hasattr(peft_model.get_base_model().get_output_embeddings(), "lora_A"):
         raise TrainError("an adapter on the language-model head is not supported", "Remove it from method.targets.")
     return peft_model
+
+
+def decoder_only(base: Any) -> str | None:
+    """Pattern of the modules beside the decoder (a vision tower), which text does not pass; None where there are none."""
+    decoder = base.get_decoder()
+    (name,) = [name for name, module in base.named_modules() if module is decoder]
+    beside = [
+        other
+        for other, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not base.get_output_embeddings()
+        if not other.startswith(f"{name}.")
+    ]
+    return rf"(?!{re.escape(name)}\.).*" if beside else None
 
 
 def _check_family(base: Any) -> None:

@@ -53,6 +53,7 @@ def test_wheel_installs_our_packages_and_nothing_else(names: list[str]) -> None:
 
 
 def test_wheel_holds_the_recipes_and_no_tests(names: list[str], root: Path) -> None:
+    assert "launcher/known_models.csv" in names
     inside = {name.removeprefix("launcher/_recipes/") for name in names if name.startswith("launcher/_recipes/")}
     outside = {str(f.relative_to(root / "recipes")) for f in (root / "recipes").rglob("*") if f.is_file()}
     assert inside == outside

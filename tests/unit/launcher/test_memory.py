@@ -83,6 +83,23 @@ def test_weights_of_each_method() -> None:
         assert term(result, "weights") == pytest.approx(expected)
 
 
+def test_experts_stay_in_16_bits_and_each_token_passes_a_few() -> None:
+    """bitsandbytes replaces linear layers; transformers keeps the experts of a layer as tensors of three dimensions."""
+    source = "mistralai/Mixtral-8x7B-v0.1"
+    experts = 32 * 8 * 3 * 4096 * 14336
+    weights = term(estimate(inputs(source, method="qlora", targets=("q_proj", "o_proj"))), "weights")
+    assert experts * 2 / GB < weights < (experts * 2 + 2.5e9) / GB
+    chosen, every = (
+        estimate(
+            inputs(source, facts=dataclasses.replace(facts(source), experts_per_token=n), gradient_checkpointing=False)
+        )
+        for n in (2, 8)
+    )
+    per_token_and_layer = 4 * 14336 * 2
+    grown = term(every, "activations") - term(chosen, "activations")
+    assert grown == pytest.approx(6 * per_token_and_layer * 32 * 2048 / GB)
+
+
 def held(case: MemoryInputs) -> float:
     """Bytes a parameter of weights, gradients and optimizer states, without the buckets that do not grow with it."""
     result = estimate(case)

@@ -21,6 +21,7 @@ from launcher.model_facts import (
     read_facts,
     resolve_source,
 )
+from launcher.model_layers import Linear
 
 # Parameters as the Hub shows them (the sum over the safetensors files).
 PUBLISHED = {
@@ -296,7 +297,9 @@ def test_unusual_configs(tmp_path: Path) -> None:
     moe = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 32}
     model_folder(tmp_path / "moe", moe)
     experts = facts_of("./moe", tmp_path)
-    assert experts.num_linear_parameters == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 4 * 3 * 64 * 32)
+    assert experts.num_linear_parameters == 2 * (2 * 64 * 64 + 2 * 64 * 32)  # experts are no linear layers
+    rest = 2 * (4 * 3 * 64 * 32 + 4 * 64 + 2 * 64 + 2 * 16)  # experts, router, norms
+    assert experts.num_parameters == experts.num_linear_parameters + rest + 2 * 100 * 64 + 64
     assert "mlp.gate_proj" not in linear_layers(experts)
 
 
@@ -357,7 +360,7 @@ def test_lora_parameters_are_those_of_peft(tmp_path: Path) -> None:
 
 def test_lora_on_fused_layers(tmp_path: Path) -> None:
     internlm = facts_of("internlm/internlm2-chat-1_8b", tmp_path)
-    assert linear_layers(internlm)["attention.wqkv"] == (2048, 2048 + 2 * 1024)
+    assert linear_layers(internlm)["attention.wqkv"] == Linear(2048, 2048 + 2 * 1024, 24)
     assert lora_parameters(internlm, 4, ("wqkv",)) == 24 * 4 * (2048 + 4096)
 
 

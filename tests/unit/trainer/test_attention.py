@@ -50,6 +50,15 @@ def test_decoding_with_a_cache_equals_the_whole_sequence() -> None:
     torch.testing.assert_close(last, whole[:, -3:], rtol=1e-5, atol=1e-5)
 
 
+def test_values_smaller_than_keys_never_reach_the_kernel_for_several_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention: FlashAttention takes one head size for all three."""
+    monkeypatch.setattr("trainer.attention._has_flash", lambda query: True)
+    monkeypatch.setattr("trainer.attention._varlen", lambda *args: pytest.fail("one head size for all three is needed"))
+    q, k, v = qkv(4, 4, sum(LENGTHS))
+    out, _ = packed_attention(nn.Module(), q, k, v[..., :6], None, document_lengths=LENGTHS)
+    torch.testing.assert_close(out, dense(q, k, v[..., :6], LENGTHS), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
 def test_attention_that_would_be_computed_wrongly_is_refused(name: str) -> None:
     q, k, v = qkv(4, 4, 4)

@@ -11,7 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.merging import assert_same_bits, edit_config, merge, peft_merge, proof_of, save_adapter, weights
 from support.tiny_checkpoints import HEADS, SIZES, save_base
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MixtralConfig, Qwen2MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
 
 from trainer.nf4 import Nf4
 from trainer.spec import TrainError
@@ -313,6 +320,36 @@ def save_experts(folder, family):
     (base / "model.safetensors").unlink()
     model.save_pretrained(base)
     return base
+
+
+def test_a_decoder_beside_a_vision_tower_has_other_names_in_the_folder(tmp_path):
+    """In memory model.language_model.layers, in the files language_model.model.layers."""
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 56, "patch_size": 14}
+    text = {**SIZES, **HEADS, "head_dim": 8, "model_type": "gemma3_text"}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    (base / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(base)
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in weights(base)
+    pattern = r"(?!model\.language_model\.).*"
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32, exclude_modules=pattern)
+    out = merge(base, adapter, tmp_path / "ours", "--no-proof")
+    assert_close(weights(out), peft_merge(base, adapter, tmp_path / "theirs", torch.float32))
+    changed = [n for n, t in weights(out).items() if not torch.equal(t, weights(base)[n])]
+    assert len(changed) == 2 * 7
+    assert_proved(base, adapter, out)
+
+
+def test_all_linear_adapts_experts_and_their_router(tmp_path):
+    base = save_experts(tmp_path / "base", "mixtral")
+    adapter = save_adapter(tmp_path / "adapter", base, torch.float32)
+    out = merge(base, adapter, tmp_path / "ours", "--no-proof")
+    changed = {n for n, t in weights(out).items() if not torch.equal(t, weights(base)[n])}
+    assert {n for n in changed if "gate" in n} == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in (0, 1)}
+    assert len(changed) == 2 * (4 + 1 + 4 * 3)
+    assert_proved(base, adapter, out)
 
 
 @pytest.mark.parametrize("targets", [["gate_up_proj", "down_proj"], ["down_proj"], ["gate_up_proj"]])
