@@ -23,28 +23,10 @@ MANY = ">1"
 
 
 JOINED_WHILE_LOADING = frozenset(
-    [
-        "afmoe",
-        "aria_text",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "granitemoe",
-        "granitemoeshared",
-        "hunyuan_v1_moe",
-        "minimax_m2",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_moe",
-        "solar_open",
-    ]
+    (
+        "afmoe aria_text cohere2_moe deepseek_v2 deepseek_v3 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite "
+        "granitemoe granitemoeshared hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open"
+    ).split()
 )
 """model_type of mixtures of experts whose files hold them otherwise than transformers: one by one, or under other names."""
 
