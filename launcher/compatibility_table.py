@@ -22,30 +22,11 @@ MANY = ">1"
 """Two or more: how many processes, or how many of them share a row."""
 
 
-JOINED_WHILE_LOADING = frozenset(
-    [
-        "afmoe",
-        "aria_text",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "granitemoe",
-        "granitemoeshared",
-        "hunyuan_v1_moe",
-        "minimax_m2",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_moe",
-        "solar_open",
-    ]
-)
+JOINED_WHILE_LOADING = frozenset([
+    "afmoe", "aria_text", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "glm4_moe_lite", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe",
+    "qwen2_moe", "qwen3_moe", "solar_open",
+])  # fmt: skip
 """model_type of mixtures of experts whose files hold them otherwise than transformers: one by one, or under other names."""
 
 
