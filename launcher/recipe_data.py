@@ -58,8 +58,8 @@ def _with_info(item: Node, info: DatasetInfo | None, found: Findings) -> Node:
     if info is None or path is None or path.value not in info.entries:
         return item
     values = info.source(path.value, path.at, found)
-    if values is None:
-        return item.with_value({})
+    if values is None:  # said already; a path that exists keeps others from saying more
+        return item.with_value({"path": path.with_value(str(info.path))})
     entry = _as_node(values, path.at)
     return item.with_value({**entry.value, **{k: v for k, v in item.value.items() if k != "path"}})
 

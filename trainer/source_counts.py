@@ -36,7 +36,7 @@ class SourceCounts:
     path: str
     weight: float
     rows: int
-    """Rows that were read."""
+    """Rows that were read; of a source with a map, those that it made."""
     documents: int
     """Different documents to train on: without those that are held out, too long, or have nothing to learn."""
     trained: int

@@ -157,6 +157,7 @@ def test_what_cannot_be_is_refused_with_its_place(folder: Path, data: str, expec
 
 def test_a_refusal_of_dataset_info_names_its_line() -> None:
     line = json.dumps(INFO, indent=2).split("\n").index('  "dpo": {') + 1
+    assert len(refused("{files: dpo, dataset_info: lf}").splitlines()) == 2, "one problem with its hint"
     assert f"r.yaml:3:15: lf/dataset_info.json:{line}: dpo: holds ranking rows" in refused(
         "{files: dpo, dataset_info: lf}"
     )
