@@ -11,6 +11,7 @@ import jinja2
 from .rows import Message
 from .spec import TrainError
 from .token_encoder import TokenEncoder
+from .tool_calls import as_turns
 from .turn_templates import Piece
 
 SENTINEL = "Qz7sentinelQz7"
@@ -54,17 +55,22 @@ class JinjaLayout:
         both, alone, reply = self.encoder.encode([prompt + "Hello", prompt, "Hello"])
         self._anchored = both != alone + reply
 
-    def render(self, messages: Sequence[Sequence[Any]], generate: bool = False, source: str = "") -> str:
+    def render(
+        self, messages: Sequence[Sequence[Any]], generate: bool = False, source: str = "", tools: Sequence[Any] = ()
+    ) -> str:
         """Text of the messages; with `generate`, up to where the next answer begins. Raises TrainError naming `source`."""
         if self.jinja is None:
             name = getattr(self.encoder.tokenizer, "name_or_path", "")
             raise TrainError(
                 f"the tokenizer {name} has no chat template, and {source or 'a prompt'} needs one", NO_TEMPLATE_HINT
             )
-        turns = [{"role": m[0], "content": m[1]} for m in messages]
         try:
             return self.encoder.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generate, chat_template=self.jinja
+                as_turns(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=generate,
+                chat_template=self.jinja,
             )
         except jinja2.TemplateError as e:
             raise TrainError(
@@ -80,25 +86,26 @@ class JinjaLayout:
         """Token ids of `prompt_text`."""
         return self.encoder.encode([self.prompt_text(messages)])[0]
 
-    def pieces(self, messages: Sequence[Message], source: str) -> tuple[list[Piece], bool]:
+    def pieces(self, messages: Sequence[Message], source: str, tools: Sequence[Any] = ()) -> tuple[list[Piece], bool]:
         """The conversation cut at the borders of its answers, and whether an earlier answer is shown rewritten.
 
         What follows the last answer's end is left out: nothing is learnt from it, and nothing comes after it.
         """
-        whole = self.render(messages, source=source)
+        whole = self.render(messages, source=source, tools=tools)
+        _require_shown(whole, messages, source, tools)
         pieces: list[Piece] = []
         position, rewritten, last = 0, False, len(messages) - 1
         for k, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            learnt = message.supervised is not False and message.content.strip() != ""
-            prompt = self.render(messages[:k], generate=True, source=source)
-            shown = whole if k == last else self.render(messages[: k + 1], source=source)
+            learnt = message.supervised is not False and (message.content.strip() != "" or bool(message.tool_calls))
+            prompt = self.render(messages[:k], generate=True, source=source, tools=tools)
+            shown = whole if k == last else self.render(messages[: k + 1], source=source, tools=tools)
             if shown.startswith(prompt):
                 end = self._answer_end(shown, len(prompt))
                 answer = shown[len(prompt) : end]
             elif k == last:
-                answer, end = self._opened_answer(messages, prompt, source), 0
+                answer, end = self._opened_answer(messages, prompt, source, tools), 0
             if k != last and not (shown.startswith(prompt) and whole.startswith(shown[:end])):
                 rewritten = True
                 continue
@@ -114,9 +121,9 @@ class JinjaLayout:
         ends = [m.end() for m in self.encoder.special.finditer(shown, start)]
         return ends[-1] if ends else len(shown)
 
-    def _opened_answer(self, messages: Sequence[Message], prompt: str, source: str) -> str:
+    def _opened_answer(self, messages: Sequence[Message], prompt: str, source: str, tools: Sequence[Any]) -> str:
         """The last answer, for a template whose prompt already opens it (DeepSeek-R1 ends the prompt with <think>)."""
-        shown = self.render([*messages[:-1], Message("assistant", SENTINEL)], source=source)
+        shown = self.render([*messages[:-1], Message("assistant", SENTINEL)], source=source, tools=tools)
         before, _, after = shown.partition(SENTINEL)
         if not prompt.startswith(before):
             raise TrainError(
@@ -175,3 +182,16 @@ class JinjaLayout:
         """
         starts = [m.start() for m in self.encoder.special.finditer(before)]
         return before[starts[-1] :] if starts else before[-16:]
+
+
+def _require_shown(whole: str, messages: Sequence[Message], source: str, tools: Sequence[Any]) -> None:
+    """Raises TrainError where the template leaves out tools, calls of tools, or their results: it would do so in silence."""
+    names = [tool["function"]["name"] for tool in tools]
+    names += [call["function"]["name"] for message in messages for call in message.tool_calls]
+    results = [message.content.strip() for message in messages if message.role == "tool"]
+    missing = [text for text in (*names, *results) if text not in whole]
+    if missing:
+        raise TrainError(
+            f"{source}: the row brings tools, and the chat template leaves out {missing[0][:60]!r}",
+            "Leave such rows out, or set data.template to a template that shows tools (Qwen2.5's and Llama 3.1's own do).",
+        )

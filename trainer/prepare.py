@@ -276,7 +276,6 @@ class _Encoder:
 
             rows = [with_last_answer_alone(row) for row in rows]
         for row in rows:
-            _refuse_tools(row)
             if any(message.role == "system" for message in row.messages[1:]):
                 _require_later_systems(self.template, row)
         if all(row.input_ids is None for row in rows):
@@ -297,15 +296,6 @@ class _Encoder:
         number = self.files.setdefault(row.path, len(self.files))
         self.writer.add(document.input_ids, document.supervised, number, row.line, whole.input_ids)
         self.source_of_document.append(source)
-
-
-def _refuse_tools(row: Row) -> None:
-    """Raises TrainError for a row that brings tools, which layouts do not show."""
-    if row.tools or any(message.role == "tool" or message.tool_calls for message in row.messages):
-        raise TrainError(
-            f"{row.source}: the row brings tools or calls of tools, which cannot be learnt yet",
-            "Leave such rows out.",
-        )
 
 
 def _require_later_systems(template: ChatTemplate, row: Row) -> None:

@@ -16,6 +16,7 @@ from .jinja_layout import JinjaLayout
 from .rows import Message, Row
 from .spec import TrainError
 from .token_encoder import TokenEncoder
+from .tool_calls import as_turns
 from .turn_layout import TurnLayout
 from .turn_templates import Piece, TurnTemplate, turn_templates
 
@@ -106,7 +107,7 @@ class ChatTemplate:
     def _pieces(self, row: Row, system: str | None) -> tuple[list[Piece], bool]:
         if row.text is not None:
             return [Piece(row.text, bool(row.text.strip()))], False
-        return self._layout.pieces(with_system(row.messages, system), row.source)
+        return self._layout.pieces(with_system(row.messages, system), row.source, row.tools)
 
     def check_identity(self, rows: Sequence[Row], documents: Sequence[Document], system: str | None) -> IdentityReport:
         """Compare documents with the library's own tokens. Raises TrainError when a prompt differs from chat's."""
@@ -117,25 +118,29 @@ class ChatTemplate:
             messages = with_system(row.messages, system)
             prompt = document.input_ids[: document.supervised.index(LEARNT)]
             asked = [messages[:k] for k, m in enumerate(messages) if m.role == "assistant"]
-            if not any(self._asked_ids(m) == prompt for m in asked):
+            if not any(self._asked_ids(m, row.tools) == prompt for m in asked):
                 raise TrainError(
                     f"{row.source}: the training prompt differs from the prompt that chat would send",
                     "Set data.template to a template whose generation prompt is how it begins an answer.",
                 )
             checked += 1
-            equal += self._library_ids(messages, generate=False)[: len(document.input_ids)] == document.input_ids
+            equal += self._library_ids(messages, False, row.tools)[: len(document.input_ids)] == document.input_ids
         return IdentityReport(checked, equal)
 
-    def _asked_ids(self, messages: Sequence[Message]) -> list[int]:
+    def _asked_ids(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[int]:
         """A prompt as chat sends it, made without what training made."""
         if isinstance(self._layout, TurnLayout):
             return self.prompt_ids(messages)
-        return self._library_ids(messages, generate=True)
+        return self._library_ids(messages, True, tools)
 
-    def _library_ids(self, messages: Sequence[Message], generate: bool) -> list[int]:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+    def _library_ids(self, messages: Sequence[Message], generate: bool, tools: Sequence[Any]) -> list[int]:
         return self.tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=False, add_generation_prompt=generate, chat_template=self._layout.jinja
+            as_turns(messages),
+            tools=list(tools) or None,
+            tokenize=True,
+            return_dict=False,
+            add_generation_prompt=generate,
+            chat_template=self._layout.jinja,
         )
 
 

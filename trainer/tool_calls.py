@@ -8,7 +8,7 @@ https://huggingface.co/docs/transformers/chat_extras
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .row_values import RowError, json_object, kind_of, text_of
@@ -68,6 +68,15 @@ def _call(item: Any, what: str) -> dict[str, Any]:
         "type": "function",
         "function": {"name": name, "arguments": json_object(arguments, f"`arguments` of {name}")},
     }
+
+
+def as_turns(messages: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Messages, or (role, content) pairs, as chat templates take them."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        calls = {"tool_calls": list(message[3])} if len(message) > 3 and message[3] else {}
+        turns.append({"role": message[0], "content": message[1], **calls})
+    return turns
 
 
 def _from_json(text: str, what: str, hint: str) -> Any:

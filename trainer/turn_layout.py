@@ -40,8 +40,13 @@ class TurnLayout:
         """`prompt_ids` as text."""
         return self.encoder.tokenizer.decode(self.prompt_ids(messages))
 
-    def pieces(self, messages: Sequence[Message], source: str) -> tuple[list[Piece], bool]:
+    def pieces(self, messages: Sequence[Message], source: str, tools: Sequence[Any] = ()) -> tuple[list[Piece], bool]:
         """The conversation, and False: no earlier answer is shown rewritten. Raises TrainError naming `source`."""
+        if tools or any(message.role == "tool" or message.tool_calls for message in messages):
+            raise TrainError(
+                f"{source}: the row brings tools, and data.template {self.template.tool}/{self.template.name} has no place for them",
+                "Leave such rows out, or leave data.template out where the model's own template shows tools.",
+            )
         pieces = self.template.pieces(_turns(messages, source))
         if self.template.ends_with_separator:
             pieces.pop()  # nothing is learnt from it, and nothing comes after it

@@ -29,6 +29,21 @@ SOURCES = {
     "columns": {"path": "columns.json", "names": RowNames(prompt="q", query="numbers", response="a", system="who")},
     "mapped": {"path": "mapped.jsonl", "map": f"{ROWS / 'translate.py'}:both_ways"},
 }
+SHOWS_TOOLS = """
+{%- if tools %}{{- '<|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else '') + '\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}{{- '\\n</tools><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- elif m.role != 'system' %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +51,17 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def tool_model(tmp_path_factory):
+    """Its template shows tools as Qwen2.5's does."""
+    return save_tiny_model(tmp_path_factory.mktemp("tools"), template=SHOWS_TOOLS, max_positions=2048)
+
+
 @pytest.fixture
 def prepared(model, tmp_path):
     """`prepared(*sources, **settings of data)` -> (Prepared, TokenData) of a run of the prepare stage."""
 
-    def run(*sources, **settings):
+    def run(*sources, model_dir=model, **settings):
         spec = make_spec(tmp_path)
         data = dataclasses.replace(
             spec.data,
@@ -51,7 +72,7 @@ def prepared(model, tmp_path):
             cache_dir=str(tmp_path / "cache"),
             **settings,
         )
-        kind = dataclasses.replace(spec.model, kind="folder", location=str(model))
+        kind = dataclasses.replace(spec.model, kind="folder", location=str(model_dir))
         plan = tmp_path / "plan.json"
         plan.write_text(
             json.dumps({"spec": dataclasses.replace(spec, model=kind, data=data).to_dict()}), encoding="utf-8"
@@ -93,15 +114,20 @@ def test_documents_of_every_format(name, prepared, model, golden):
     assert "⟦" in found
 
 
-def test_tool_calls_are_refused_with_their_place(prepared, tmp_path):
-    row = {
-        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-        "tools": [{"name": "f"}],
-    }
-    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
-    (tmp_path / "e.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(TrainError, match=r"e\.jsonl:1: the row brings tools"):
-        prepared(DataFile(str(tmp_path / "d.jsonl"), "auto"), DataFile(str(tmp_path / "e.jsonl"), "auto"))
+@pytest.mark.parametrize("name", ["tools_openai.jsonl", "tools_sharegpt.jsonl"])
+def test_calls_of_tools_are_learnt_and_their_results_are_read(name, prepared, tool_model, golden):
+    _, data = prepared(DataFile(str(ROWS / name), "auto"), model_dir=tool_model)
+    found = documents(data, tool_model)
+    assert golden("rows/tools.txt", found.replace(name, "tools")) == found.replace(name, "tools")
+
+
+def test_a_template_that_leaves_tools_out_is_refused(prepared):
+    with pytest.raises(
+        TrainError, match=r"tools_openai\.jsonl:1: the row brings tools, and the chat template leaves out"
+    ):
+        prepared(DataFile(str(ROWS / "tools_openai.jsonl"), "auto"))
+    with pytest.raises(TrainError, match=r"tools_openai\.jsonl:1: .* xtuner/qwen_chat has no place for them"):
+        prepared(DataFile(str(ROWS / "tools_openai.jsonl"), "auto"), template="xtuner/qwen_chat")
 
 
 def test_a_template_that_leaves_out_later_system_prompts_is_refused(prepared, tmp_path):
