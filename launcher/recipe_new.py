@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .combinations import joins_experts
 from .errors import LaunchError, RecipeError
 from .known_models import find_known, nearest_models
 from .memory import MemoryInputs, estimate
@@ -152,7 +153,7 @@ def _candidates(base: MemoryInputs) -> Iterator[MemoryInputs]:
     for gpus in _GPU_COUNTS:
         for length in lengths if gpus == 1 else lengths[:1]:
             for micro in (n for n in _MICRO_BATCHES if n * gpus <= _GLOBAL_BATCH):
-                for stage in (2, 3) if gpus > 1 else (2,):
+                for stage in (2, 3) if gpus > 1 and not joins_experts(base.facts) else (2,):
                     yield replace(base, dp=gpus, max_length=length, micro_batch=micro, zero_stage=stage)
 
 

@@ -19,7 +19,7 @@ from launcher.recipe_new import MAX_LINES, Wanted, Written, memory_here, write_n
 from launcher.run_dir import RunDir
 
 TRAINED = [f for f in FAMILIES.values() if not refusals_of(read_facts(resolve_source(f.example, Path("/"))))]  # type: ignore[arg-type]
-TOO_LARGE = {"llama3.3"}
+TOO_LARGE = {"llama3.3", "mixtral"}
 REFUSED = [f for f in FAMILIES.values() if f not in TRAINED]
 
 
