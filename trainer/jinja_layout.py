@@ -10,6 +10,7 @@ import jinja2
 
 from .rows import Message
 from .spec import TrainError
+from .template_skeleton import Skeletons
 from .token_encoder import TokenEncoder
 from .tool_calls import as_turns
 from .turn_templates import Piece
@@ -29,8 +30,10 @@ class JinjaLayout:
         self.encoder, self.jinja = encoder, text
         self._head: tuple[str, list[int]] | None = None
         self._tail, self._end_token, self._anchored = "", "", False
+        self._skeletons: Skeletons | None = None
         if text is not None:
             self._study(encoder.added)
+            self._skeletons = Skeletons(text, encoder.added, self._rendered)
 
     @property
     def lacks_end(self) -> bool:
@@ -91,6 +94,13 @@ class JinjaLayout:
 
         What follows the last answer's end is left out: nothing is learnt from it, and nothing comes after it.
         """
+        if self._skeletons is not None and not tools:
+            return self._skeletons.pieces(messages, source)
+        return self._rendered(messages, source, tools)
+
+    def _rendered(
+        self, messages: Sequence[Message], source: str, tools: Sequence[Any] = ()
+    ) -> tuple[list[Piece], bool]:
         whole = self.render(messages, source=source, tools=tools)
         _require_shown(whole, messages, source, tools)
         pieces: list[Piece] = []
