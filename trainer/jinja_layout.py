@@ -17,6 +17,9 @@ from .turn_templates import Piece
 
 SENTINEL = "Qz7sentinelQz7"
 """An answer that no template changes and that no prompt contains."""
+LONGEST_END = 64
+"""Characters from the end of a turn to the next content; longer texts are tokenised as they are."""
+MAX_ENDS = 256
 NO_TEMPLATE_HINT = (
     "Set data.template to a Jinja file that fits the model, or take the model's instruct (chat) variant; "
     "plain `text` rows need no template."
@@ -29,6 +32,8 @@ class JinjaLayout:
     def __init__(self, encoder: TokenEncoder, text: str | None) -> None:
         self.encoder, self.jinja = encoder, text
         self._head: tuple[str, list[int]] | None = None
+        self._ends: dict[str, list[int]] | None = None
+        """Tokens of what stands behind contents, from the end of a turn on; None: texts are not cut there."""
         self._tail, self._end_token, self._anchored = "", "", False
         self._skeletons: Skeletons | None = None
         if text is not None:
@@ -157,6 +162,25 @@ class JinjaLayout:
         head = first[: starts[-1]] if starts else ""
         head_ids, rest, whole = self.encoder.encode([head, first[len(head) :], first])
         self._head = (head, head_ids) if head_ids + rest == whole else ("", [])
+        at = first.rfind(self._end_token) if self._end_token else -1
+        if at > 0 and not self.encoder.takes_space_before(self._end_token):
+            before, behind = self.encoder.encode([first[:at], first[at:]])
+            self._ends = {"": [], first[at:]: behind} if before + behind == whole else None
+
+    def _cut_ends(self, texts: list[str], known: dict[str, list[int]]) -> tuple[list[str], list[str]]:
+        """(texts without their ends, the ends): what is the same behind every content is tokenised once, into `known`."""
+        fronts, ends = [], []
+        for text in texts:
+            at = text.rfind(self._end_token)
+            end = text[at:] if at >= 0 and len(text) - at <= LONGEST_END else ""
+            if end not in known:
+                if len(known) < MAX_ENDS:
+                    known[end] = self.encoder.encode([end])[0]
+                else:
+                    end = ""
+            fronts.append(text[:at] if end else text)
+            ends.append(end)
+        return fronts, ends
 
     def encode(self, pieces_of_rows: Sequence[Sequence[Piece]]) -> list[list[int]]:
         """Token ids of every piece, flat."""
@@ -173,9 +197,14 @@ class JinjaLayout:
                 starts.append(head_ids if cut else [])
                 anchors.append(anchor)
                 before = piece.text
-        encoded = self.encoder.encode(texts)
         if not self._anchored:
-            return [start + ids if start else ids for start, ids in zip(starts, encoded, strict=True)]
+            known = self._ends
+            if known is None:
+                return [s + ids if s else ids for s, ids in zip(starts, self.encoder.encode(texts), strict=True)]
+            fronts, ends = self._cut_ends(texts, known)
+            encoded = zip(starts, self.encoder.encode(fronts), ends, strict=True)
+            return [start + ids + known[end] for start, ids, end in encoded]
+        encoded = self.encoder.encode(texts)
         unique = list(dict.fromkeys(anchors))
         known = dict(zip(unique, self.encoder.encode(unique), strict=True))
         result = []

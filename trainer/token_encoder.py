@@ -21,6 +21,11 @@ class TokenEncoder:
         special = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
         self.special, self.added = any_of(special), any_of(special | {str(t) for t in added})
 
+    def takes_space_before(self, token: str) -> bool:
+        """Whether this added token swallows spaces in front of it: then a text cannot be cut there."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        return any(t.lstrip for t in added if str(t) == token)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, by one (parallel) call."""
         if self._backend is None:
