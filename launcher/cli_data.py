@@ -68,3 +68,22 @@ def replace(
         raise LaunchError(f"{len(old)} --old and {len(new)} --new", "Give one --new for each --old, in the same order.")
     found = run(source, out, list(zip(old, new, strict=True)))
     typer.echo(f"wrote {out}: {found.replacements:,} replaced, in {found.changed_rows:,} of {found.rows:,} rows")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Rows as training reads them: a file, folder or pattern.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file: .jsonl, or .json for one array.")],
+    to: Annotated[str, typer.Option(help="messages | alpaca | sharegpt | conversation | pair | text.")],
+    format: Annotated[str, typer.Option("--from", help="Format of IN; auto: by its first row.")] = "auto",
+    lossy: Annotated[bool, typer.Option("--lossy", help="Write what --to can hold; count what is lost.")] = False,
+) -> None:
+    """Write rows in another format. What it cannot hold is an error that names the rows, and then nothing is written."""
+    from .data_convert import convert as run
+
+    found = run(source, out, to, format, lossy)
+    typer.echo(f"wrote {out}: {found.rows:,} rows as `{to}`")
+    for what, count in found.lost.most_common():
+        typer.echo(f"lost, in {count:,} rows: {what}")
+    if found.left_out:
+        typer.echo(f"left out: {found.left_out:,} rows, which `{to}` cannot hold at all")

@@ -17,7 +17,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .row_values import ROLES, SHAPES, Message, RowError, content_text, describe, field, json_list, json_object, text_of
+from .row_values import (
+    ROLES,
+    SHAPES,
+    Message,
+    OrderError,
+    RowError,
+    content_text,
+    describe,
+    field,
+    json_list,
+    json_object,
+    text_of,
+)
 from .spec import RowNames
 from .tool_calls import tool_calls_of, tools_of
 
@@ -54,27 +66,29 @@ def _role(name: Any, known: Mapping[str, str], what: str) -> str:
 
 
 def _checked(messages: list[Message]) -> tuple[Message, ...]:
-    """Raises RowError unless every answer follows a user's or tool's turn, system prompts a whole one, and the last is an answer."""
+    """Raises OrderError unless every answer follows a user's or tool's turn, system prompts a whole one, and the last is an answer."""
     previous = ""
     for i, message in enumerate(messages, start=1):
         if message.role == "system" and previous not in ("", "assistant"):
-            raise RowError(
+            raise OrderError(
                 f"turn {i} is a system prompt that follows a turn of `{previous}`",
                 "A system prompt may be the first turn, or stand between an answer and the next question.",
             )
         if message.role == "assistant" and previous not in ("user", "tool"):
             before = f"follows a turn of `{previous}`" if previous else "is the first turn"
-            raise RowError(f"turn {i} is an assistant turn that {before}", "An assistant turn must follow a user turn.")
+            raise OrderError(
+                f"turn {i} is an assistant turn that {before}", "An assistant turn must follow a user turn."
+            )
         if message.role == "tool" and not (
             previous == "tool" or (previous == "assistant" and messages[i - 2].tool_calls)
         ):
-            raise RowError(
+            raise OrderError(
                 f"turn {i} is the result of a tool, and the turn before it calls none",
                 "A `tool` (observation) turn must follow an assistant turn with tool calls.",
             )
         previous = message.role
     if previous != "assistant":
-        raise RowError(
+        raise OrderError(
             f"the last turn is a `{previous}` turn: there is no answer to learn",
             "End every conversation with an assistant turn, or remove its last turn.",
         )
