@@ -40,10 +40,6 @@ NEAR_END = 16
 """An error this close to the end of what was read may be a row that goes on; no literal of JSON is longer."""
 
 
-class EncodingError(TrainError):
-    """A file, or a part of it, is not UTF-8."""
-
-
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, JSON value or RowError) of every row: the 1-based line on which it begins, or its number in a table.
 
@@ -300,7 +296,7 @@ def _json_error(e: json.JSONDecodeError) -> RowError:
     return RowError(f"not valid JSON: {e.msg} at column {e.colno}, near {near!r}", ONE_ROW_PER_LINE)
 
 
-def _encoding_error(path: Path, line: int) -> EncodingError:
+def _encoding_error(path: Path, line: int) -> TrainError:
     """Says which encoding the file seems to have. Reads up to 256 MB of it."""
     with _open(path) as f:
         data = f.read(1 << 28)
@@ -311,12 +307,12 @@ def _encoding_error(path: Path, line: int) -> EncodingError:
         start = e.start
         line = data.count(b"\n", 0, start) + 1
     if not data[:start].isascii() and not data.startswith(BOMS_UTF16):
-        return EncodingError(
+        return TrainError(
             f"{path}:{line}: a byte that is not UTF-8, in a file that is UTF-8 so far",
             f"Repair that line, or drop such bytes: iconv -f UTF-8 -t UTF-8 -c {source} > {target}",
         )
     guess = _guess_encoding(data)
-    return EncodingError(
+    return TrainError(
         f"{path}:{line}: the file is not UTF-8"
         + (f"; it looks like {guess}" if guess else ", and its encoding cannot be told"),
         f"Convert it{'' if guess else ', for example'}: iconv -f {guess or 'WINDOWS-1252'} -t UTF-8 {source} > {target}",
