@@ -20,8 +20,8 @@ from .model_source import materialise
 from .row_documents import Counts, chunks, documents_of, fit, parts_of, require_known_tokens, vocabulary_size
 from .row_values import Message, OrderError, RowError
 from .rows import Row, read_rows, source_files
-from .spec import DataFile, TrainError, TrainSpec, read_plan
-from .template import LEARNT_AS_END, ChatTemplate, Document, load_template, with_system
+from .spec import DataFile, DataSpec, PromptSpec, TrainError, read_plan
+from .template import LEARNT_AS_END, NOT_LEARNT, ChatTemplate, Document, load_template, with_system
 from .token_encoder import TokenEncoder
 
 FINDINGS = (
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     spec = read_plan(args.plan)
     model_dir = materialise(spec.model)
     template = load_template(str(model_dir), spec.data.template, spec.model.trust_remote_code)
-    checker = Checker(spec, template, vocabulary_size(model_dir))
+    checker = Checker(spec.data, spec.evaluate.prompts, template, vocabulary_size(model_dir))
     checker.read(spec.data.files, spec.data.max_rows, trained=True)
     checker.read(spec.data.held_out_files, 0, trained=False)
     write_json(Path(args.out), checker.result())
@@ -69,13 +69,13 @@ class _Finding:
 class Checker:
     """All sources of a recipe, read once."""
 
-    def __init__(self, spec: TrainSpec, template: ChatTemplate, vocabulary: int) -> None:
-        self.data, self.template, self.vocabulary = spec.data, template, vocabulary
+    def __init__(self, data: DataSpec, prompts: Sequence[PromptSpec], template: ChatTemplate, vocabulary: int) -> None:
+        self.data, self.template, self.vocabulary = data, template, vocabulary
         self.findings = {name: _Finding() for name in FINDINGS}
         self.counts = Counts()
         self._special = TokenEncoder(template.tokenizer).special
         self._duplicates = _Duplicates()
-        self._systems = _Systems(spec, template)
+        self._systems = _Systems(prompts, data.system, template)
         self._num_files = 0
 
     def read(self, sources: tuple[DataFile, ...], max_rows: int, trained: bool) -> None:
@@ -173,7 +173,8 @@ class Checker:
             if part is not None:
                 self.counts.documents += 1
                 self.counts.tokens += len(part.input_ids)
-                self.counts.supervised_tokens += sum(kind > 0 for kind in part.supervised[1:])
+                labels = part.supervised[1:]  # nothing comes before the first
+                self.counts.supervised_tokens += len(labels) - labels.count(NOT_LEARNT)
 
     def _endless(self, document: Document) -> str:
         """Which answer lacks an end, "" if none. A document that is learnt from its first token on is no answer."""
@@ -215,8 +216,8 @@ class _Duplicates:
         order = np.argsort(digests, kind="stable")  # equal ones in the order of reading
         in_order = digests[order]
         again = np.sort(order[1:][in_order[1:] == in_order[:-1]])
-        for number in again[:MAX_PLACES]:
-            first = order[np.searchsorted(in_order, digests[number])]
+        for number in again[:MAX_PLACES].tolist():
+            first = int(order[np.searchsorted(in_order, digests[number])])
             finding.note(self._place(number), f"the same as {self._place(first)}")
         finding.count = len(again)
 
@@ -227,9 +228,9 @@ class _Duplicates:
 class _Systems:
     """System prompts of `evaluate.prompts`, and whether a row of training has them. None: the question has none."""
 
-    def __init__(self, spec: TrainSpec, template: ChatTemplate) -> None:
-        self._default, self._template = spec.data.system, template
-        own = [prompt.system if prompt.system is not None else spec.data.system for prompt in spec.evaluate.prompts]
+    def __init__(self, prompts: Sequence[PromptSpec], default: str | None, template: ChatTemplate) -> None:
+        self._default, self._template = default, template
+        own = [prompt.system if prompt.system is not None else default for prompt in prompts]
         self.wanted: list[str | None] = own
         self._unseen = set(own)
         self._seen: dict[str | None, None] = {}

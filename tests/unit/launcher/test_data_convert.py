@@ -59,7 +59,9 @@ def test_what_a_format_can_hold_comes_back_equal(form: str, suffix: str, tmp_pat
     rng = random.Random(form)
     source = write(tmp_path / "all.jsonl", [conversation(rng) for _ in range(400)])
     kept, held = [], []
-    for line, row in zip(source.read_bytes().split(b"\n"), read_rows((DataFile(str(source), "auto"),), 0), strict=False):
+    for line, row in zip(
+        source.read_bytes().split(b"\n"), read_rows((DataFile(str(source), "auto"),), 0), strict=False
+    ):
         if not FORMS[form](row)[1]:
             kept.append(json.loads(line))
             held.append((row.messages, row.text, row.tools))
@@ -148,7 +150,8 @@ def test_what_is_lost_is_named_and_only_then_lost(
         return
     found = convert(str(source), out, form, lossy=True)
     (lost,) = found.lost
-    assert lost.startswith(what) and found.lost[lost] == 1
+    assert lost.startswith(what)
+    assert found.lost[lost] == 1
     assert (found.rows, found.left_out) == ((2, 0) if left else (1, 1))
     expected = write(tmp_path / "expected.jsonl", [good, left] if left else [good])
     assert rows_of(out) == rows_of(expected)
@@ -160,7 +163,8 @@ def test_twenty_rows_are_listed_and_no_more(tmp_path: Path) -> None:
         convert(str(source), tmp_path / "out.jsonl", "alpaca")
     lines = caught.value.message.splitlines()
     assert len(lines) == 21
-    assert lines[19].startswith(f"{source}:20: ") and lines[20] == "(reading stopped after 20 such rows)"
+    assert lines[19].startswith(f"{source}:20: ")
+    assert lines[20] == "(reading stopped after 20 such rows)"
 
 
 def test_wrong_flags_are_told_at_once(tmp_path: Path) -> None:
