@@ -257,3 +257,15 @@ def test_memory_does_not_grow_with_the_texts(check: Check, tmp_path: Path, monke
     peak(50)  # what is loaded once
     # 20 bytes a row, twice while arrays grow, and what sorting needs; the tokens alone would be 3200.
     assert peak(1000) - peak(100) < 900 * 200
+
+
+def test_files_that_break_off_or_are_empty(check: Check, tmp_path: Path) -> None:
+    array, empty = tmp_path / "broken.json", tmp_path / "empty.jsonl"
+    array.write_text("[\n" + json.dumps(chat("e", "f")) + ",\n{oops\n]")
+    empty.write_text("\n")
+    own = tmp_path / "d.jsonl"
+    found = check(chat("a", "b"), files=tuple(DataFile(str(p), "auto") for p in (array, empty, own)))
+    places = only(found, malformed=1, unreadable_files=1)
+    assert places["malformed"][0][0] == "3"
+    assert places["unreadable_files"][0][1] == f"data file {empty} is empty"
+    assert (found["rows"], found["documents"]) == (3, 2)
