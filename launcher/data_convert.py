@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.row_formats import FORMATS
-from trainer.rows import Row, read_rows
+from trainer.row_files import read_values
+from trainer.row_formats import FORMATS, fits, unread_keys
+from trainer.row_values import RowError
+from trainer.rows import Row, read_rows, source_files
 from trainer.spec import DataFile
 
 from .errors import LaunchError
@@ -37,11 +39,12 @@ def convert(source: str, out: Path, to: str, format: str = "auto", lossy: bool =
     """Write `out` (jsonl, or one array for .json), which must not exist. `source`: a file, a folder or a pattern.
 
     Raises LaunchError, listing up to 20 rows that `to` cannot hold unless `lossy`, and TrainError listing rows that cannot
-    be read. Then nothing is written. Prints the format of each file. Rows are streamed.
+    be read. Then nothing is written. Prints the format of each file, and its keys that are not read. Rows are streamed.
     """
     _check(source, out, to, format)
     files = (DataFile(os.path.abspath(source), format),)
     found = Converted()
+    _tell_unread(files[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
     try:
@@ -75,6 +78,17 @@ def _check(source: str, out: Path, to: str, format: str) -> None:
         wrong.append(f"{source} does not exist; a dataset of a hub must be downloaded first")
     if wrong:
         raise LaunchError("\n".join(wrong))
+
+
+def _tell_unread(source: DataFile) -> None:
+    """Print which keys of the first row of each file no format of rows has: they are not written either."""
+    for path in source_files(source):
+        _, value = next(read_values(path))
+        if isinstance(value, RowError):
+            continue  # said once it is read for good
+        name = source.format if source.format != "auto" else next((n for n in FORMATS if fits(n, value)), "")
+        if unread := unread_keys(name, value) if name else []:
+            print(f"{shown(path)}: keys that are not read, and so not written: {', '.join(unread)}")
 
 
 def converted_rows(rows: Iterator[Row], to: str, lossy: bool, found: Converted) -> Iterator[dict[str, Any]]:

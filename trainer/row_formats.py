@@ -291,6 +291,12 @@ class Format:
     keys: tuple[frozenset[str], ...]
     """A row of this format has at least one key of each set."""
     parse: Callable[[Any, RowNames], Parsed]
+    others: frozenset[str] = frozenset()
+    """Keys that are read where a row has them."""
+
+
+_SHARED = frozenset({"system", "tools"})
+_ALONE = frozenset({"system", "tools", "history"})
 
 
 def _all(*names: str) -> tuple[frozenset[str], ...]:
@@ -299,12 +305,12 @@ def _all(*names: str) -> tuple[frozenset[str], ...]:
 
 # In the order in which a row is tried.
 FORMATS = {
-    "messages": Format(_all("messages"), _parse_messages),
+    "messages": Format(_all("messages"), _parse_messages, _SHARED),
     "conversation": Format(_all("conversation"), _parse_conversation),
-    "sharegpt": Format(_all("conversations"), _parse_sharegpt),
-    "alpaca": Format(_all("instruction", "output"), _parse_alpaca),
-    "pair": Format((frozenset(PROMPT_NAMES), frozenset(RESPONSE_NAMES)), _parse_pair),
-    "ids": Format(_all("input_ids"), _parse_ids),
+    "sharegpt": Format(_all("conversations"), _parse_sharegpt, _SHARED),
+    "alpaca": Format(_all("instruction", "output"), _parse_alpaca, _ALONE | {"input"}),
+    "pair": Format((frozenset(PROMPT_NAMES), frozenset(RESPONSE_NAMES)), _parse_pair, _ALONE),
+    "ids": Format(_all("input_ids"), _parse_ids, frozenset({"labels", "attention_mask"})),
     "text": Format(_all("text"), _parse_text),
 }
 
@@ -319,6 +325,14 @@ def fits(name: str, value: Any) -> bool:
         if some.isdisjoint(value):
             return False
     return True
+
+
+def unread_keys(name: str, value: Any) -> list[str]:
+    """Keys of a row that its format does not read, in their order."""
+    if not isinstance(value, dict):
+        return []
+    read = FORMATS[name].others.union(*FORMATS[name].keys)
+    return [key for key in value if key not in read]
 
 
 def detect(value: Any) -> str:

@@ -200,3 +200,23 @@ def test_rows_are_streamed(tmp_path: Path) -> None:
     values = converted_rows(rows(), "pair", False, Converted())
     assert next(values) == {"prompt": "q", "response": "a"}
     assert len(taken) == 1
+
+
+def test_keys_that_are_not_read_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {
+        "id": 7,
+        "instruction": "q",
+        "input": "",
+        "output": "a",
+        "system": "S",
+        "history": [],
+        "tools": "",
+        "来源": "x",
+    }
+    source = write(tmp_path / "in.jsonl", [keys])
+    convert(str(source), tmp_path / "a.jsonl", "pair")
+    assert f"{source}: keys that are not read, and so not written: id, 来源" in capsys.readouterr().out
+    for form in ("messages", "sharegpt", "alpaca", "conversation"):
+        convert(str(tmp_path / "a.jsonl"), tmp_path / f"{form}.jsonl", form)
+        convert(str(tmp_path / f"{form}.jsonl"), tmp_path / f"{form}_back.jsonl", "messages")
+    assert "not read" not in capsys.readouterr().out
