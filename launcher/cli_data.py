@@ -41,6 +41,26 @@ def preview(
 
 
 @app.command()
+def check(
+    recipe: Recipe,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit", metavar="NAME=SHARE", help="Allow this share of a finding (0.05 or 5%); may be repeated."
+        ),
+    ] = None,
+    sets: Sets = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the page.")] = False,
+) -> None:
+    """Look for what is wrong with the rows: file:line, counts and shares. Exit code 2 over a limit. Needs no device."""
+    from .data_check import check as run
+    from .start import Request
+
+    request = Request(recipe, None, None, None, 1, None, tuple(sets or ()), False)
+    raise typer.Exit(run(request, limits or (), json))
+
+
+@app.command()
 def identity(
     name: Annotated[str, typer.Option(help="What the model is to be called.")],
     author: Annotated[str, typer.Option(help="Who made it.")],
@@ -68,3 +88,24 @@ def replace(
         raise LaunchError(f"{len(old)} --old and {len(new)} --new", "Give one --new for each --old, in the same order.")
     found = run(source, out, list(zip(old, new, strict=True)))
     typer.echo(f"wrote {out}: {found.replacements:,} replaced, in {found.changed_rows:,} of {found.rows:,} rows")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Rows as training reads them: a file, folder or pattern.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file: .jsonl, or .json for one array.")],
+    to: Annotated[str, typer.Option(help="messages | alpaca | sharegpt | conversation | pair | text.")],
+    format: Annotated[str, typer.Option("--from", help="Format of IN; auto: by its first row.")] = "auto",
+    lossy: Annotated[bool, typer.Option("--lossy", help="Write what --to can hold; count what is lost.")] = False,
+) -> None:
+    """Write rows in another format. What it cannot hold is an error that names the rows, and then nothing is written."""
+    from .data_convert import convert as run
+
+    found = run(source, out, to, format, lossy)
+    typer.echo(f"wrote {out}: {found.rows:,} rows as `{to}`")
+    for what, count in found.lost.most_common():
+        typer.echo(f"lost, in {count:,} rows: {what}")
+    if found.left_out:
+        typer.echo(f"left out: {found.left_out:,} rows, which `{to}` cannot hold at all")

@@ -5,24 +5,21 @@ The prepare stage runs as in training, on this host without a device, and its to
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 import os
-import shutil
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.retry import RetryLimits
 from trainer.spec import EXIT_OK
 
+from .data_stage import run_stage
 from .errors import LaunchError
-from .run_dir import RunDir, read_json, write_atomic
-from .start import Request, make_plan, write_run
+from .run_dir import write_atomic
+from .start import Request
 
 _LEARNT, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 _BAR = 40
@@ -32,49 +29,22 @@ def preview(request: Request, num_documents: int, first: int, page: Path | None,
     """Print documents, counts and lengths; with `page`, write them as HTML too. Returns the exit code."""
     if page is not None and page.suffix not in (".html", ".htm"):
         raise LaunchError(f"--out {page}: is no HTML file", "Name it like preview.html.")
-    folder = Path(tempfile.mkdtemp(prefix="launch-preview-"))
-    code, found, lines = _prepared(request, folder, num_documents, first)
+    staged = run_stage(request, "preview", ("--documents", str(num_documents), "--first", str(first)), prepare=True)
+    code, found = staged.exit_code, staged.found
     if code != EXIT_OK:
-        return code  # with the folder, which has the logs
-    shutil.rmtree(folder, ignore_errors=True)
+        return code
     if found["num_documents"] <= first:
         raise LaunchError(f"--first {first}: there are {found['num_documents']} documents", "They are counted from 0.")
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(lines))
+        print("\n".join(staged.said))
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(terminal_page(found, first, color))
     if page is not None:
         write_atomic(page, html_page(found, first))
         print(f"wrote {page}", file=sys.stderr)
     return EXIT_OK
-
-
-def _prepared(request: Request, folder: Path, num_documents: int, first: int) -> tuple[int, dict[str, Any], list[str]]:
-    """(exit code, what the worker found, what prepare said of the data)."""
-    from .follow import print_end
-    from .progress import Progress
-    from .supervise import supervise
-
-    run = RunDir(folder / "preview")
-    plan, loaded, _ = make_plan(dataclasses.replace(request, cpu=1), run)
-    jobs = {job.name: job for job in plan.jobs}
-    log_dir, out = str(run.logs(1, "preview")), run.root / "preview.json"
-    what = ("--plan", str(run.plan), "--documents", str(num_documents), "--first", str(first), "--out", str(out))
-    args = ("preview", "--log-dir", log_dir, "--package-root", plan.spec.package_root, *what)
-    job = dataclasses.replace(jobs["prepare"], name="preview", args=args, log_dir=log_dir)
-    run.create()
-    write_run(run, dataclasses.replace(plan, jobs=(jobs["prepare"], job), retry=RetryLimits()), loaded, 1, request)
-    code = supervise(run, 1, frozenset(), Progress(run, sys.stderr))
-    if code != EXIT_OK:
-        print_end(run, code)
-        return code, {}, []
-    log = Path(run.logs(1, "prepare")) / "rank_0.log"
-    said = [
-        line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith(("plan ", "prepared "))
-    ]
-    return code, read_json(out), said
 
 
 def terminal_page(found: Mapping[str, Any], first: int, color: bool) -> str:

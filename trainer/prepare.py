@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import math
 import shutil
 import time
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +20,9 @@ from .cache_key import cache_key
 from .data import INDEX, TokenWriter, damage
 from .disk import new_folder, read_json, write_json
 from .metrics import event
-from .model_folder import read_config
 from .model_source import materialise
 from .pack import pack_documents
+from .row_documents import Counts, chunks, documents_of, fit, parts_of, require_known_tokens, vocabulary_size
 from .rows import Row, read_rows
 from .source_counts import SourceCounts, drawn, source_lines
 from .spec import DataFile, DataSpec, Prepared, TrainError, TrainSpec, read_plan
@@ -34,37 +31,7 @@ from .storage import Storage
 if TYPE_CHECKING:
     from .template import ChatTemplate, Document
 
-CHUNK_ROWS = 2000
-"""Rows tokenised by one call: enough to keep all cores busy, few enough to hold in memory."""
 CHECKED_ROWS = 32
-
-
-@dataclass
-class Counts:
-    """What became of the rows."""
-
-    rows: int = 0
-    documents: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    """Labels: what the loss is summed over."""
-    truncated: int = 0
-    tokens_cut: int = 0
-    dropped: int = 0
-    """Documents longer than max_length, left out (too_long: drop)."""
-    unsupervised: int = 0
-    """Documents without a token to learn (after truncation), left out."""
-    rewritten: int = 0
-    """Documents in which the template rewrites earlier answers, so that these are not supervised."""
-    held_out: int = 0
-    """Documents that are not trained on; `documents`, `tokens` and `supervised_tokens` are without them."""
-    held_out_supervised_tokens: int = 0
-    cut_off: int = 0
-    """Of `unsupervised`, those that had something to learn before they were cut."""
-    split: int = 0
-    """Rows that became several documents (too_long: split-turns)."""
-    held_out_but_seen: int = 0
-    """Of `held_out`, those whose very tokens are trained on as well (data.held_out_files)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +142,7 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     data = spec.data
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
     counts, held_out_counts, files = Counts(), Counts(), {}
-    encoder = _Encoder(template, data, _vocabulary_size(model_dir), TokenWriter(folder), files)
+    encoder = _Encoder(template, data, vocabulary_size(model_dir), TokenWriter(folder), files)
     encoder.encode(data.files, 0, data.max_rows, counts)
     writer, num_own = encoder.writer, len(encoder.writer.lengths)
     if data.held_out_files:
@@ -246,8 +213,8 @@ class _Encoder:
     def encode(self, sources: tuple[DataFile, ...], first: int, max_rows: int, counts: Counts) -> None:
         """`first`: number of the first of these sources. Raises TrainError for a row that cannot be read or encoded."""
         checked = False
-        for rows in _chunks(read_rows(sources, max_rows)):
-            documents = self._documents(rows)
+        for rows in chunks(read_rows(sources, max_rows)):
+            documents = documents_of(rows, self.template, self.data)
             if not checked:
                 _check_identity(self.template, rows, documents, self.data.system)
                 checked = True
@@ -255,61 +222,17 @@ class _Encoder:
             for row, document in zip(rows, documents, strict=True):
                 source = first + row.source_number
                 self.rows_of_source[source] += 1
-                for part in self._parts(row, document, counts):
-                    kept = _fit(part, self.data, counts)
+                for part in parts_of(row, document, self.template, self.data, counts):
+                    kept = fit(part, self.data, counts)
                     if kept is not None:
                         self._write(row, kept, source, document)
 
-    def _parts(self, row: Row, document: Document, counts: Counts) -> list[Document]:
-        """The document, with what is to be learnt of it; several where it is too long and may be split."""
-        from .long_documents import split_turns, with_all_tokens
-
-        parts = [document]
-        if self.data.too_long == "split-turns" and len(document.input_ids) > self.data.max_length:
-            parts = list(split_turns(row, document, self.data.max_length, lambda part: self._documents([part])[0]))
-            counts.split += len(parts) > 1
-        return [with_all_tokens(part) for part in parts] if self.data.learn == "all" else parts
-
-    def _documents(self, rows: list[Row]) -> list[Document]:
-        if self.data.learn == "last":
-            from .long_documents import with_last_answer_alone
-
-            rows = [with_last_answer_alone(row) for row in rows]
-        for row in rows:
-            if any(message.role == "system" for message in row.messages[1:]):
-                _require_later_systems(self.template, row)
-        if all(row.input_ids is None for row in rows):
-            return self.template.encode_rows(rows, self.data.system)
-        from .template import Document
-
-        made = iter(self.template.encode_rows([r for r in rows if r.input_ids is None], self.data.system))
-        return [next(made) if r.input_ids is None else Document(list(r.input_ids), list(r.supervised)) for r in rows]
-
     def _write(self, row: Row, document: Document, source: int, whole: Document) -> None:
         """`whole`: what it is a part of, so that parts of one row are held out together."""
-        largest = max(document.input_ids)
-        if largest >= self.vocabulary:
-            hint = "The tokenizer does not belong to this model: give a model folder with its own tokenizer."
-            if row.input_ids is not None:
-                hint = "The tokens were made with another model's tokenizer: make them with this one's, or give text."
-            raise TrainError(f"{row.source}: token {largest} is beyond the model's {self.vocabulary} embeddings", hint)
+        require_known_tokens(row, document, self.vocabulary)
         number = self.files.setdefault(row.path, len(self.files))
         self.writer.add(document.input_ids, document.supervised, number, row.line, whole.input_ids)
         self.source_of_document.append(source)
-
-
-def _require_later_systems(template: ChatTemplate, row: Row) -> None:
-    """Raises TrainError where the template leaves out a system prompt that stands within the conversation."""
-    for k, message in enumerate(row.messages):
-        if (
-            k
-            and message.role == "system"
-            and message.content.strip() not in template.prompt_text(row.messages[: k + 2])
-        ):
-            raise TrainError(
-                f"{row.source}: turn {k + 1} is a system prompt, and the chat template leaves it out there",
-                "Keep one system prompt, at the beginning, or set data.template to a template that shows later ones.",
-            )
 
 
 def held_out_documents(digests: np.ndarray, share: float) -> np.ndarray:
@@ -332,11 +255,6 @@ def _count(counts: Counts, writer: TokenWriter, digests: np.ndarray, trained: np
     counts.held_out_but_seen = int(np.isin(digests[held_out], digests[trained]).sum())
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-        yield chunk
-
-
 def _check_identity(template: ChatTemplate, rows: list[Row], documents: list[Document], system: str | None) -> None:
     pairs = [pair for pair in zip(rows, documents, strict=True) if pair[0].input_ids is None][:CHECKED_ROWS]
     report = template.check_identity([row for row, _ in pairs], [document for _, document in pairs], system)
@@ -348,41 +266,9 @@ def _check_identity(template: ChatTemplate, rows: list[Row], documents: list[Doc
         )
 
 
-def _fit(document: Document, data: DataSpec, counts: Counts) -> Document | None:
-    """The document within max_length, or None when it is left out; `counts` says why."""
-    length, learnt_before = len(document.input_ids), any(document.supervised[1:])
-    if length > data.max_length:
-        if data.too_long == "drop":
-            counts.dropped += 1
-            return None
-        document = document._replace(
-            input_ids=document.input_ids[: data.max_length], supervised=document.supervised[: data.max_length]
-        )
-    if not any(document.supervised[1:]):
-        counts.unsupervised += 1
-        counts.cut_off += learnt_before
-        return None
-    if length > data.max_length:
-        counts.truncated += 1
-        counts.tokens_cut += length - data.max_length
-    counts.rewritten += document.rewritten
-    return document
-
-
 def _nothing_to_learn(counts: Counts, data: DataSpec, whose: str) -> TrainError:
     return TrainError(
         f"none of {whose} {counts.rows} rows has a token to learn: {counts.dropped} are longer than max_length = "
         f"{data.max_length} (too_long: drop), {counts.unsupervised} have no supervised token within max_length",
         "Raise data.max_length, shorten system prompt and questions, or give rows with answers.",
     )
-
-
-def _vocabulary_size(model_dir: Path) -> int:
-    """Rows of the embedding, as config.json says (multi-modal models keep it in text_config)."""
-    config = read_config(model_dir)
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if not isinstance(size, int):
-        raise TrainError(
-            f"{model_dir / 'config.json'} has no vocab_size", "Only causal language models can be trained."
-        )
-    return size

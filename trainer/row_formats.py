@@ -17,7 +17,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .row_values import ROLES, SHAPES, Message, RowError, content_text, describe, field, json_list, json_object, text_of
+from .row_values import (
+    ROLES,
+    SHAPES,
+    Message,
+    OrderError,
+    RowError,
+    content_text,
+    describe,
+    field,
+    json_list,
+    json_object,
+    text_of,
+)
 from .spec import RowNames
 from .tool_calls import tool_calls_of, tools_of
 
@@ -54,27 +66,29 @@ def _role(name: Any, known: Mapping[str, str], what: str) -> str:
 
 
 def _checked(messages: list[Message]) -> tuple[Message, ...]:
-    """Raises RowError unless every answer follows a user's or tool's turn, system prompts a whole one, and the last is an answer."""
+    """Raises OrderError unless every answer follows a user's or tool's turn, system prompts a whole one, and the last is an answer."""
     previous = ""
     for i, message in enumerate(messages, start=1):
         if message.role == "system" and previous not in ("", "assistant"):
-            raise RowError(
+            raise OrderError(
                 f"turn {i} is a system prompt that follows a turn of `{previous}`",
                 "A system prompt may be the first turn, or stand between an answer and the next question.",
             )
         if message.role == "assistant" and previous not in ("user", "tool"):
             before = f"follows a turn of `{previous}`" if previous else "is the first turn"
-            raise RowError(f"turn {i} is an assistant turn that {before}", "An assistant turn must follow a user turn.")
+            raise OrderError(
+                f"turn {i} is an assistant turn that {before}", "An assistant turn must follow a user turn."
+            )
         if message.role == "tool" and not (
             previous == "tool" or (previous == "assistant" and messages[i - 2].tool_calls)
         ):
-            raise RowError(
+            raise OrderError(
                 f"turn {i} is the result of a tool, and the turn before it calls none",
                 "A `tool` (observation) turn must follow an assistant turn with tool calls.",
             )
         previous = message.role
     if previous != "assistant":
-        raise RowError(
+        raise OrderError(
             f"the last turn is a `{previous}` turn: there is no answer to learn",
             "End every conversation with an assistant turn, or remove its last turn.",
         )
@@ -277,6 +291,12 @@ class Format:
     keys: tuple[frozenset[str], ...]
     """A row of this format has at least one key of each set."""
     parse: Callable[[Any, RowNames], Parsed]
+    others: frozenset[str] = frozenset()
+    """Keys that are read where a row has them."""
+
+
+_SHARED = frozenset({"system", "tools"})
+_ALONE = frozenset({"system", "tools", "history"})
 
 
 def _all(*names: str) -> tuple[frozenset[str], ...]:
@@ -285,12 +305,12 @@ def _all(*names: str) -> tuple[frozenset[str], ...]:
 
 # In the order in which a row is tried.
 FORMATS = {
-    "messages": Format(_all("messages"), _parse_messages),
+    "messages": Format(_all("messages"), _parse_messages, _SHARED),
     "conversation": Format(_all("conversation"), _parse_conversation),
-    "sharegpt": Format(_all("conversations"), _parse_sharegpt),
-    "alpaca": Format(_all("instruction", "output"), _parse_alpaca),
-    "pair": Format((frozenset(PROMPT_NAMES), frozenset(RESPONSE_NAMES)), _parse_pair),
-    "ids": Format(_all("input_ids"), _parse_ids),
+    "sharegpt": Format(_all("conversations"), _parse_sharegpt, _SHARED),
+    "alpaca": Format(_all("instruction", "output"), _parse_alpaca, _ALONE | {"input"}),
+    "pair": Format((frozenset(PROMPT_NAMES), frozenset(RESPONSE_NAMES)), _parse_pair, _ALONE),
+    "ids": Format(_all("input_ids"), _parse_ids, frozenset({"labels", "attention_mask"})),
     "text": Format(_all("text"), _parse_text),
 }
 
@@ -305,6 +325,14 @@ def fits(name: str, value: Any) -> bool:
         if some.isdisjoint(value):
             return False
     return True
+
+
+def unread_keys(name: str, value: Any) -> list[str]:
+    """Keys of a row that its format does not read, in their order."""
+    if not isinstance(value, dict):
+        return []
+    read = FORMATS[name].others.union(*FORMATS[name].keys)
+    return [key for key in value if key not in read]
 
 
 def detect(value: Any) -> str:

@@ -37,6 +37,10 @@ class RowError(Exception):
         self.message, self.hint = message, hint
 
 
+class OrderError(RowError):
+    """The turns of a conversation do not follow each other as they must."""
+
+
 def text_of(value: Any, what: str) -> str:
     """The value, a string that is valid Unicode. Raises RowError."""
     if not isinstance(value, str):

@@ -16,7 +16,7 @@ from .row_formats import FORMATS, REFUSED_KEYS, Parsed, detect, fits, refuse_for
 from .row_values import SHAPES, Message, RowError, describe, field
 from .spec import DataFile, RowNames, TrainError
 
-__all__ = ["Message", "Row", "peek", "read_rows", "source_files"]
+__all__ = ["Message", "OnProblem", "Row", "peek", "read_rows", "source_files"]
 
 MAX_PROBLEMS = 20
 
@@ -44,14 +44,22 @@ class Row(NamedTuple):
         return f"{self.path}:{self.line}"
 
 
-class _Problems:
-    """What is wrong with rows, to be said all at once."""
+OnProblem = Callable[[str, RowError | TrainError], None]
+"""Is told of a row (path:line) or a file (its path) that cannot be read."""
 
-    def __init__(self) -> None:
+
+class _Problems:
+    """What is wrong with rows, to be said all at once; or, with `on_problem`, one by one."""
+
+    def __init__(self, on_problem: OnProblem | None) -> None:
         self.lines: list[str] = []
         self.hints: dict[str, None] = {}
+        self.on_problem = on_problem
 
     def add(self, path: Path, line: int, e: RowError) -> None:
+        if self.on_problem:
+            self.on_problem(f"{path}:{line}", e)
+            return
         self.lines.append(f"{path}:{line}: {e.message}")
         self.hints.setdefault(e.hint)
 
@@ -64,12 +72,13 @@ class _Problems:
         return TrainError("\n".join([*self.lines, *more]), "\n".join(h for h in self.hints if h))
 
 
-def read_rows(sources: tuple[DataFile, ...], max_rows: int) -> Iterator[Row]:
+def read_rows(sources: tuple[DataFile, ...], max_rows: int, on_problem: OnProblem | None = None) -> Iterator[Row]:
     """Rows of all sources in order, at most `max_rows` (0: all) and of each its own limit. Prints the format of each.
 
     Raises TrainError that lists up to 20 problems. After the first problem rows are still checked, but not yielded.
+    With `on_problem` it is told of every problem instead, and all rows that can be read are yielded.
     """
-    problems, num_read = _Problems(), 0
+    problems, num_read = _Problems(on_problem), 0
     for number, source in enumerate(sources):
         limits = [limit for limit in (max_rows and max_rows - num_read, source.max_rows) if limit]
         if max_rows and num_read >= max_rows:
@@ -129,7 +138,12 @@ class _SourceReader:
         for path in source_files(self.source):
             if self.max_rows and self.num_read >= self.max_rows:
                 return
-            yield from self._rows_of_file(path, problems)
+            try:
+                yield from self._rows_of_file(path, problems)
+            except TrainError as e:
+                if problems.on_problem is None:
+                    raise
+                problems.on_problem(str(path), e)
             if problems.are_many:
                 return
 
@@ -146,7 +160,7 @@ class _SourceReader:
             except RowError as e:
                 problems.add(path, line, e)
                 unknown_shape = not parser.format and not isinstance(value, RowError)
-                if unknown_shape or problems.are_many:
+                if (unknown_shape and problems.on_problem is None) or problems.are_many:
                     return
                 continue
             if parser.format not in self._told:

@@ -27,6 +27,7 @@ STAGES = {
     "connect": "trainer.connect",
     "prepare": "trainer.prepare",
     "preview": "trainer.data_preview",
+    "check": "trainer.data_check",
     "train": "trainer.train",
     "probe": "trainer.parallel_probe",
     "packing": "trainer.packing_probe",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.tiny_chat_model import save_tiny_model
 
-from trainer import prepare
+from trainer import prepare, row_documents
 from trainer.data import TokenData
 from trainer.spec import (
     SPEC_VERSION,
@@ -325,7 +325,7 @@ def test_nothing_to_learn_is_an_error(make):
 
 def test_more_rows_than_one_chunk(make, data_file, monkeypatch):
     whole, data = run(make(packing=False))
-    monkeypatch.setattr(prepare, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(row_documents, "CHUNK_ROWS", 7)
     shutil.rmtree(whole.data_dir)
     pieces, again = run(make(packing=False))
     assert pieces == whole
