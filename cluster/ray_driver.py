@@ -201,7 +201,9 @@ def _init(problem: str, **options: Any) -> None:
     from ray.exceptions import AuthenticationError, RayError
 
     error = errors[0]
-    if not isinstance(error, (ConnectionError, RuntimeError, TimeoutError, RayError)):
+    # Where its own processes do not come up within 30 s, as on a machine that is too busy, Ray raises a bare Exception.
+    expected = (ConnectionError, RuntimeError, TimeoutError, RayError)
+    if not isinstance(error, expected) and type(error) is not Exception:
         raise error
     raise ClusterError(
         f"{problem}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",

@@ -23,7 +23,9 @@ def test_route(argv: list[str], expected: list[str]) -> None:
     assert route(argv) == expected
 
 
-def test_a_missing_package_is_named_and_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_package_is_named_and_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     def broken(**options: object) -> None:
         raise ModuleNotFoundError("No module named 'pydantic.fields'", name="pydantic.fields")
 
