@@ -39,29 +39,29 @@ def run_actors(job: JobSpec, nodes: Sequence[RayNode], config: dict[str, Any]) -
     Raises ClusterError where there is no room in time, RanksFailed, and what Ray raises when an actor does not start.
     """
     import ray
+    from ray.exceptions import RayTaskError
     from ray.util import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    assert job.ray is not None
-    cpus, gpus = job.ray.cpus_per_process, job.ray.gpus_per_process
+    asked = ray_placement.resources(job)
     placement = ray_placement.place(nodes, job)
     group = placement_group(
-        [{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * job.num_processes,
+        [asked] * job.num_processes,
         strategy=placement.strategy,
-        bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in placement.node_ids]
-        or [{}] * job.num_processes,
+        bundle_label_selector=placement.labels or [{}] * job.num_processes,
     )
     actors: list[Any] = []
     try:
         if not group.wait(job.meeting.wait_s):
             raise no_room(job)
-        actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus)(ray_worker.RankActor)
+        actor_class = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0))(ray_worker.RankActor)
         for number in range(job.num_processes):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
             actors.append(actor_class.options(scheduling_strategy=strategy).remote(config))
-        places = [Place(**told) for told in ray.get([actor.place.remote() for actor in actors])]
-        seats = seated(places)
+        seats = seated([Place(**told) for told in ray.get([actor.place.remote() for actor in actors])])
         _wait_for_all([actors[seat.actor].run.remote(seat.ranks, seat.devices) for seat in seats])
+    except RayTaskError as e:  # `place`: as it was raised there
+        raise e.cause from None
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -108,14 +108,14 @@ def _wait_for_all(running: Sequence[Any]) -> None:
     rank_of = {reference: rank for rank, reference in enumerate(running)}
     waiting, failures = list(running), {}
     while waiting and not failures:
-        _, waiting = ray.wait(waiting, num_returns=1)
-        for reference in [r for r in rank_of if r not in waiting]:
-            rank = rank_of.pop(reference)
+        ended, waiting = ray.wait(waiting, num_returns=1)
+        also_ended, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
+        for reference in (*ended, *also_ended):
             try:
                 ray.get(reference)
             except RayTaskError as e:
-                failures[rank] = e.cause
+                failures[rank_of[reference]] = e.cause
             except RayError as e:
-                failures[rank] = e
+                failures[rank_of[reference]] = e
     if failures:
         raise RanksFailed(failures)

@@ -1,7 +1,7 @@
 """The driver of a job under Ray: `-m cluster.ray_driver JOB_FILE`. It starts or joins Ray, runs the job, and says how it ended.
 
-A job that reports to Ray is a run of Ray Train, any other a plain actor per rank. Exit codes are those of every backend. Metrics and checkpoints are reported as they lie on disk, so the folder of the
-job's report is Ray's experiment folder.
+A job that reports to Ray is a TorchTrainer, any other a plain actor per rank. Exit codes are those of every backend.
+Metrics and checkpoints are reported as they lie on disk, so the folder of the job's report is Ray's experiment folder.
 """
 
 from __future__ import annotations
@@ -201,7 +201,9 @@ def _init(problem: str, **options: Any) -> None:
     from ray.exceptions import AuthenticationError, RayError
 
     error = errors[0]
-    if not isinstance(error, (ConnectionError, RuntimeError, TimeoutError, RayError)):
+    # Where its own processes do not come up within 30 s, as on a machine that is too busy, Ray raises a bare Exception.
+    expected = (ConnectionError, RuntimeError, TimeoutError, RayError)
+    if not isinstance(error, expected) and type(error) is not Exception:
         raise error
     raise ClusterError(
         f"{problem}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
@@ -230,17 +232,16 @@ def _fit(job: JobSpec, report: JobReport, nodes: tuple[RayNode, ...]) -> None:
     import ray
     from pyarrow.fs import LocalFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.torch import TorchTrainer
 
     folder = Path(report.folder)
     # Read by the controller, to which Ray Train passes it on.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(job.meeting.wait_s)
     forget_missing(folder, ray.__version__)
-    # Not a TorchTrainer: that has driver, controller and workers import torch, one after the other, before a worker starts.
-    trainer = DataParallelTrainer(
+    trainer = TorchTrainer(
         ray_worker.train,
         train_loop_config=_config(job),
-        backend_config=_shared_devices(),
+        torch_config=_shared_devices(),
         scaling_config=_scaling(job, ray_placement.place(nodes, job)),
         run_config=RunConfig(
             name=folder.name,
@@ -260,13 +261,18 @@ def _fit(job: JobSpec, report: JobReport, nodes: tuple[RayNode, ...]) -> None:
 
 
 def _shared_devices() -> Any:
-    """A BackendConfig: the devices of all workers of a node are visible to each, as TorchConfig has it, without a process group of Ray's."""
+    """In a TorchConfig's place: the devices of all workers of a node are visible to each, without a process group of Ray's.
+
+    TorchConfig has the controller and each worker import torch before a worker starts; the watchers make a group of their own.
+    """
     from ray.train.backend import Backend, BackendConfig
 
     class SharingBackend(Backend):
         share_cuda_visible_devices = True
 
     class SharedDevices(BackendConfig):
+        backend = "gloo"  # asked for by TorchTrainer, which would choose one by the device
+
         @property
         def backend_cls(self) -> type[Backend]:
             return SharingBackend
@@ -278,16 +284,12 @@ def _scaling(job: JobSpec, placement: ray_placement.Placement) -> Any:
     from ray.train import ScalingConfig
 
     assert job.ray is not None
-    pinned = [{"ray.io/node-id": node_id} for node_id in placement.node_ids]
     return ScalingConfig(
         num_workers=job.num_processes,
         use_gpu=job.ray.gpus_per_process > 0,
-        resources_per_worker={
-            "CPU": job.ray.cpus_per_process,
-            **({"GPU": job.ray.gpus_per_process} if job.ray.gpus_per_process else {}),
-        },
+        resources_per_worker=ray_placement.resources(job),
         placement_strategy=placement.strategy,
-        label_selector=pinned or None,
+        label_selector=placement.labels or None,
     )
 
 

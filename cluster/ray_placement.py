@@ -40,6 +40,11 @@ class Placement:
     node_ids: tuple[str, ...]
     """One per process in rank order; empty: Ray chooses within the strategy."""
 
+    @property
+    def labels(self) -> list[dict[str, str]]:
+        """The same as Ray's label selectors."""
+        return [{"ray.io/node-id": node_id} for node_id in self.node_ids]
+
 
 def cpus_of_process(node_cpus: int, shares: int) -> int:
     """CPUs that each of the `shares` processes of a node asks for: its CPUs without `RAY_CPUS`, divided; at least 1."""
@@ -111,6 +116,13 @@ def place(nodes: Sequence[RayNode], job: JobSpec) -> Placement:
         return Placement("STRICT_SPREAD", ())
     chosen = choose_nodes(nodes, job, free=True) or ()
     return Placement("PACK", tuple(n.node_id for n, part in zip(chosen, parts, strict=False) for _ in range(part)))
+
+
+def resources(job: JobSpec) -> dict[str, float]:
+    """What each process asks Ray for; without GPU where it needs none, since Ray takes a 0 for a wish."""
+    assert job.ray is not None
+    asked: dict[str, float] = {"CPU": job.ray.cpus_per_process, "GPU": job.ray.gpus_per_process}
+    return {name: count for name, count in asked.items() if count}
 
 
 def wanted(job: JobSpec) -> str:

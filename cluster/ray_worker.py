@@ -88,10 +88,7 @@ class RankActor:
             raise ClusterError(
                 f"Ray names no GPU for this process on {socket.gethostname()}", "Check ray status.", EXIT_RETRY
             )
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
-        address = get_node_ip_address()
+        address, (port,) = get_node_ip_address(), _free_ports("", 1)
         return {"node_id": context.get_node_id(), "address": address, "port": port, "devices": tuple(devices)}
 
     def run(self, ranks: dict[str, str], devices: tuple[str, ...]) -> None:
@@ -163,11 +160,17 @@ def _meeting_point(is_one_node: bool) -> list[str]:
     told: list[str] = []
     if get_context().get_world_rank() == 0:
         address = "127.0.0.1" if is_one_node else get_node_ip_address()
-        with socket.socket() as one, socket.socket() as other:
-            one.bind((address, 0))
-            other.bind((address, 0))
-            told = [address, *(str(s.getsockname()[1]) for s in (one, other))]
+        told = [address, *map(str, _free_ports(address, 2))]
     return broadcast_from_rank_zero(told)
+
+
+def _free_ports(address: str, count: int) -> list[int]:
+    """Different TCP ports of this host that nothing listens on at this moment. `address` "": on all of its addresses."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind((address, 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 def _start(job: JobSpec, rank: int, env: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -8,7 +8,9 @@ Shapes: B batch (1 in training), H heads, K key-value heads, T row length, D hea
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,13 +118,18 @@ def _varlen(
     longest = max(lengths)
     shared: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _shares_heads(varlen_attn):
             shared = {"enable_gqa": True}
         else:  # torch 2.11
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, **shared)
     assert isinstance(out, torch.Tensor)
     return out[None]
+
+
+@functools.cache
+def _shares_heads(varlen_attn: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def register() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.commands import ROOT
 from torch import nn
 
 from trainer.attention import packed_attention
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
 LENGTHS = (700, 1, 131, 1216)
 
 

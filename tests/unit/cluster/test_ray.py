@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster import logs, ray_local
+from cluster import logs, ray_driver, ray_local
 from cluster.job import ClusterError, JobReport, JobSpec, Meeting, NodeShare, RayRequest
 from cluster.outcome import job_status, lost_rank
 from cluster.preflight import HostReport
@@ -101,6 +101,35 @@ def test_who_went_with_a_node(
     failed: list[int], died: set[int], exits: dict[int, int], node_is_gone: bool, rank: int | None
 ) -> None:
     assert lost_rank(2, failed, died, exits, node_is_gone) == rank
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(Exception("The current node timed out during startup."), 75), (ConnectionError("no answer"), 75)],
+)
+def test_a_ray_that_does_not_start_may_start_later(
+    error: Exception, exit_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def refuse(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ClusterError, match=f"a Ray of our own does not start: {error}") as caught:
+        ray_driver._init("a Ray of our own does not start", address="local")
+    assert caught.value.exit_code == exit_code
+
+
+def test_an_error_of_ours_while_ray_starts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**options: object) -> None:
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(TypeError):
+        ray_driver._init("a Ray of our own does not start", address="local")
 
 
 def test_exact_devices_of_a_ray_of_our_own_stay_in_rank_order() -> None:
