@@ -111,7 +111,7 @@ def looked_for(text: str) -> LookedFor | None:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
     except jinja2.TemplateError:
         return None
-    equal, around, inside = set[str](), set[str](), set(REASONING)
+    equal, around, inside = set[str](), set[str](), set[str](REASONING)
     for node in _walk(tree):
         if isinstance(node, nodes.Filter) and not _is_plain_filter(node):
             return None

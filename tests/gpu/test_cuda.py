@@ -46,7 +46,7 @@ def test_packed_attention_computes_what_fp32_does_on_cpu(kv_heads: int, window: 
 def test_a_whole_run_on_one_device(method: str, zero: int, tmp_path: Path) -> None:
     """All stages in bf16, with devices named by their UUIDs; the loss falls."""
     recipe = yaml.safe_load((ROOT / "recipes" / "tiny_cpu.yaml").read_text(encoding="utf-8"))
-    recipe["model"]["dtype"] = "bf16"
+    recipe["model"] = {"source": f"random:{ROOT / 'recipes' / 'tiny'}", "dtype": "bf16"}
     recipe["method"] = {"name": method} if method == "full" else {"name": method, "rank": 8}
     recipe["data"]["files"] = str(ROOT / "recipes" / "data" / "example_chat.jsonl")
     recipe["train"] |= {"micro_batch": 2}
@@ -59,5 +59,5 @@ def test_a_whole_run_on_one_device(method: str, zero: int, tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "succeeded"
