@@ -80,6 +80,10 @@ bench: install
 bench-artefacts: install
 	@$(BIN)/python -m benchmarks.artefacts --smollm2 $(SMOLLM2) $(BENCH)
 
+# Preparing 52,000 rows beside one encode_batch of the tokenizers library; ROWS is a JSON array, such as LLaMA-Factory's alpaca_en_demo.json.
+bench-data: install
+	@$(BIN)/python -m benchmarks.data --rows $(ROWS) $(BENCH)
+
 check: install
 	@$(BIN)/ruff format --check launcher cluster trainer benchmarks tests
 	$(BIN)/ruff check launcher cluster trainer benchmarks tests
@@ -90,4 +94,4 @@ check: install
 clean:
 	rm -rf $(VENV)
 
-.PHONY: help install demo test test-cluster test-gpu chaos matrix bench bench-artefacts check clean
+.PHONY: help install demo test test-cluster test-gpu chaos matrix bench bench-artefacts bench-data check clean

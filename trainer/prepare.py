@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import math
 import shutil
 import time
@@ -22,7 +23,7 @@ from .disk import new_folder, read_json, write_json
 from .metrics import event
 from .model_source import materialise
 from .pack import pack_documents
-from .row_documents import Counts, chunks, documents_of, fit, parts_of, require_known_tokens, vocabulary_size
+from .row_documents import Counts, encoded, fit, parts_of, require_known_tokens, vocabulary_size
 from .rows import Row, read_rows
 from .source_counts import SourceCounts, drawn, source_lines
 from .spec import DataFile, DataSpec, Prepared, TrainError, TrainSpec, read_plan
@@ -143,6 +144,7 @@ def _build(folder: Path, spec: TrainSpec, model_dir: Path) -> None:
     template = load_template(str(model_dir), data.template, spec.model.trust_remote_code)
     counts, held_out_counts, files = Counts(), Counts(), {}
     encoder = _Encoder(template, data, vocabulary_size(model_dir), TokenWriter(folder), files)
+    gc.freeze()  # a hundred thousand objects of imported libraries, which each collection while reading rows would walk through
     encoder.encode(data.files, 0, data.max_rows, counts)
     writer, num_own = encoder.writer, len(encoder.writer.lengths)
     if data.held_out_files:
@@ -213,8 +215,7 @@ class _Encoder:
     def encode(self, sources: tuple[DataFile, ...], first: int, max_rows: int, counts: Counts) -> None:
         """`first`: number of the first of these sources. Raises TrainError for a row that cannot be read or encoded."""
         checked = False
-        for rows in chunks(read_rows(sources, max_rows)):
-            documents = documents_of(rows, self.template, self.data)
+        for rows, documents in encoded(read_rows(sources, max_rows), self.template, self.data):
             if not checked:
                 _check_identity(self.template, rows, documents, self.data.system)
                 checked = True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +57,29 @@ def chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def documents_of(rows: Sequence[Row], template: ChatTemplate, data: DataSpec) -> list[Document]:
     """One document per row, in order and uncut, with what is to be learnt of each but for `learn: all`. Raises TrainError."""
+    rows = _to_encode(rows, template, data)
+    return _with_given(rows, template.encode_rows(_without_tokens(rows), data.system))
+
+
+def encoded(rows: Iterator[Row], template: ChatTemplate, data: DataSpec) -> Iterator[tuple[list[Row], list[Document]]]:
+    """Rows and their documents (`documents_of`) in chunks, in order.
+
+    While the tokenizer's threads make the tokens of one chunk, this thread reads the next one and uses the one before.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        begun: deque[tuple[list[Row], Sequence[Row], Callable[[], list[Document]]]] = deque()
+        for chunk in chunks(rows):
+            to_encode = _to_encode(chunk, template, data)
+            made = template.encode_rows_beside(_without_tokens(to_encode), data.system, pool)
+            begun.append((chunk, to_encode, made))
+            if len(begun) > 2:
+                chunk, to_encode, made = begun.popleft()
+                yield chunk, _with_given(to_encode, made())
+        for chunk, to_encode, made in begun:
+            yield chunk, _with_given(to_encode, made())
+
+
+def _to_encode(rows: Sequence[Row], template: ChatTemplate, data: DataSpec) -> Sequence[Row]:
     if data.learn == "last":
         from .long_documents import with_last_answer_alone
 
@@ -62,12 +87,21 @@ def documents_of(rows: Sequence[Row], template: ChatTemplate, data: DataSpec) ->
     for row in rows:
         if any(message.role == "system" for message in row.messages[1:]):
             _require_later_systems(template, row)
-    if all(row.input_ids is None for row in rows):
-        return template.encode_rows(rows, data.system)
+    return rows
+
+
+def _without_tokens(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.input_ids is None]
+
+
+def _with_given(rows: Sequence[Row], made: list[Document]) -> list[Document]:
+    """`made`, and between them the documents of rows that bring their own tokens."""
+    if len(made) == len(rows):
+        return made
     from .template import Document
 
-    made = iter(template.encode_rows([r for r in rows if r.input_ids is None], data.system))
-    return [next(made) if r.input_ids is None else Document(list(r.input_ids), list(r.supervised)) for r in rows]
+    rest = iter(made)
+    return [next(rest) if r.input_ids is None else Document(list(r.input_ids), list(r.supervised)) for r in rows]
 
 
 def parts_of(row: Row, document: Document, template: ChatTemplate, data: DataSpec, counts: Counts) -> list[Document]:

@@ -149,8 +149,8 @@ def _history(value: Any) -> list[Message]:
 def _parse_alpaca(row: Any, _: RowNames) -> Parsed:
     messages = _system(row.get("system")) + _history(row.get("history"))
     extra = row.get("input")
-    parts = [text_of(row["instruction"], "`instruction`"), "" if extra is None else text_of(extra, "`input`")]
-    question = "\n".join(p for p in parts if p)
+    question, more = text_of(row["instruction"], "`instruction`"), "" if extra is None else text_of(extra, "`input`")
+    question = f"{question}\n{more}" if question and more else question or more
     if not question:
         raise RowError(
             "`instruction` and `input` are both empty", 'Ask something, or use {"text": "..."} for plain text.'

@@ -7,14 +7,17 @@ of a training document consists of exactly the tokens that chat will send, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .jinja_layout import JinjaLayout
+from .lean_imports import without_torch
 from .rows import Message, Row
 from .spec import TrainError
+from .template_skeleton import Laid
 from .token_encoder import TokenEncoder
 from .tool_calls import as_turns
 from .turn_layout import TurnLayout
@@ -86,9 +89,22 @@ class ChatTemplate:
         A document whose answers are all empty or switched off has no supervised token. Raises TrainError.
         """
         pieces_of_rows = [self._pieces(row, system) for row in rows]
-        ids = iter(self._layout.encode([pieces for pieces, _ in pieces_of_rows]))
+        return self._documents(rows, pieces_of_rows, self._layout.encode([pieces for pieces, _ in pieces_of_rows]))
+
+    def encode_rows_beside(
+        self, rows: Sequence[Row], system: str | None, pool: Executor
+    ) -> Callable[[], list[Document]]:
+        """`encode_rows` with the tokens made in `pool`: what it returns waits for them, and is called by this thread."""
+        pieces_of_rows = [self._pieces(row, system) for row in rows]
+        ids = pool.submit(self._layout.encode, [pieces for pieces, _ in pieces_of_rows])
+        return lambda: self._documents(rows, pieces_of_rows, ids.result())
+
+    def _documents(
+        self, rows: Sequence[Row], laid: Sequence[Laid], ids_of_pieces: Sequence[list[int]]
+    ) -> list[Document]:
+        ids = iter(ids_of_pieces)
         documents = []
-        for row, (pieces, rewritten) in zip(rows, pieces_of_rows, strict=True):
+        for row, (pieces, rewritten) in zip(rows, laid, strict=True):
             tokens, supervised = [], []
             for piece in pieces:
                 piece_ids = next(ids)
@@ -104,7 +120,7 @@ class ChatTemplate:
             documents.append(Document(tokens, supervised, rewritten))
         return documents
 
-    def _pieces(self, row: Row, system: str | None) -> tuple[list[Piece], bool]:
+    def _pieces(self, row: Row, system: str | None) -> Laid:
         if row.text is not None:
             return [Piece(row.text, bool(row.text.strip()))], False
         return self._layout.pieces(with_system(row.messages, system), row.source, row.tools)
@@ -153,10 +169,11 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 def load_template(model_dir: str, template: str, trust_remote_code: bool = False) -> ChatTemplate:
     """Template of a model folder. `template`: "model", tool/name of a `TurnTemplate`, or a Jinja file. Raises TrainError."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        with without_torch(has_own_code=trust_remote_code):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as e:
         raise TrainError(
             f"the tokenizer of {model_dir} cannot be loaded: {e}",

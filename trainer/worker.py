@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .heartbeat import HEARTBEAT
+from .lean_imports import no_model_is_needed
 from .spec import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TrainError, read_plan
 from .worker_secrets import provide
 
@@ -37,6 +38,8 @@ STAGES = {
     "chat": "trainer.chat",
 }
 PR_SET_PDEATHSIG = 1
+WITHOUT_MODEL = ("prepare", "check", "preview")
+"""Stages that read a tokenizer and no weights; where a model has to be converted first, they load one after all."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FULL_DISK_HINT = "Free some space or give another --run-dir; what was saved before is whole."
 
@@ -55,6 +58,8 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if known.log_dir:
         die_with_parent()
+        if known.stage in WITHOUT_MODEL:
+            no_model_is_needed()
         _redirect(Path(known.log_dir) / f"rank_{rank}.log")
         if known.stage == "train":
             HEARTBEAT.start(Path(known.log_dir), rank)

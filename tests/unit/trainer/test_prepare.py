@@ -357,3 +357,26 @@ def test_a_tokenizer_of_another_model_is_refused(make, model, tmp_path):
 def test_a_missing_file_is_said_before_anything_is_loaded(make, tmp_path):
     with pytest.raises(TrainError, match=r"absent\.jsonl does not exist"):
         run(make(files=(DataFile(str(tmp_path / "absent.jsonl"), "auto"),)))
+
+
+WORKER_WITHOUT_TORCH = """
+import sys
+from trainer import worker
+code = worker.main(sys.argv[1:])
+print(code, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+def test_a_process_of_its_own_makes_the_same_tokens_without_torch(make, tmp_path):
+    plan = make()
+    here, _ = run(plan)
+    entry = {p.name: p.read_bytes() for p in Path(here.data_dir).iterdir()}
+    shutil.rmtree(here.data_dir)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    argv = [sys.executable, "-c", WORKER_WITHOUT_TORCH, "prepare", "--log-dir", str(logs), "--plan", str(plan)]
+    subprocess.run(argv, cwd=ROOT, check=True, timeout=120)
+    log = (logs / "rank_0.log").read_text(encoding="utf-8")
+    assert log.splitlines()[-1] == "0 False True"
+    assert "PyTorch was not found" not in log
+    assert {p.name: p.read_bytes() for p in Path(here.data_dir).iterdir()} == entry
