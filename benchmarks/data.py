@@ -11,14 +11,12 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from launcher.run_dir import RunDir
-from launcher.start import Request, make_plan, write_run
 
 from .contenders import DROPPED_VARIABLES
 from .processes import run_command
@@ -73,10 +71,10 @@ def repeated(source: Path, num_rows: int, out: Path) -> None:
 
 
 class Bench:
-    """One set of rows in a folder of its own."""
+    """One set of rows in a folder of its own; models and tokens in a cache beside it."""
 
     def __init__(self, folder: Path, source: Path, num_rows: int) -> None:
-        self.folder = folder
+        self.folder, self.cache = folder, folder.parent / "cache"
         folder.mkdir(parents=True)
         repeated(source, num_rows, folder / "rows.jsonl")
         recipe = {
@@ -86,23 +84,36 @@ class Bench:
             "train": {"max_steps": 1, "micro_batch": 1, "learning_rate": 1e-4},
         }
         (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-        os.environ["TUNELAUNCH_CACHE"] = str(folder / "cache")
-        request = Request(str(folder / "recipe.yaml"), None, 1, None, 1, None, (), False)
-        run = RunDir(folder / "run")
-        plan, loaded, _ = make_plan(request, run)
-        run.create()
-        write_run(run, plan, loaded, 1, request)
-        self.plan, self.job = run.plan, next(job for job in plan.jobs if job.name == "prepare")
-        Path(self.job.log_dir).mkdir(parents=True, exist_ok=True)
-        self.prepare()  # the model as a folder, and byte code
-        self.model = self._run("texts", ("-c", TEXTS, str(self.plan), str(folder / "texts.jsonl"))).said.splitlines()[
-            -1
-        ]
+        os.environ["TUNELAUNCH_CACHE"] = str(self.cache)
+        run = folder / "run"
+        argv = (
+            sys.executable,
+            "-m",
+            "launcher",
+            "plan",
+            str(folder / "recipe.yaml"),
+            "--cpu",
+            "1",
+            "--run-dir",
+            str(run),
+        )
+        told = subprocess.run((*argv, "--json"), cwd=ROOT, capture_output=True, text=True, check=True)
+        plan = json.loads(told.stdout)
+        self.job = next(job for job in plan["jobs"] if job["name"] == "prepare")
+        Path(self.job["log_dir"]).mkdir(parents=True)
+        self.plan = run / "plan.json"
+        self.plan.write_text(told.stdout, encoding="utf-8")
+
+    def warm_up(self) -> None:
+        """The model as a folder, byte code, and the texts that `alone` reads. Not timed."""
+        self.prepare()
+        argv = ("-c", TEXTS, str(self.plan), str(self.folder / "texts.jsonl"))
+        self.model = self._run("texts", argv).said.splitlines()[-1]
 
     def _run(self, name: str, argv: tuple[str, ...]) -> Timed:
         log = self.folder / f"{name}.log"
         log.unlink(missing_ok=True)
-        env = {k: v for k, v in os.environ.items() if k not in DROPPED_VARIABLES} | dict(self.job.env)
+        env = {k: v for k, v in os.environ.items() if k not in DROPPED_VARIABLES} | self.job["env"]
         ended = run_command((sys.executable, *argv), env, ROOT, log, LIMIT_S, poll_s=POLL_S, sampled=False)
         said = log.read_text(encoding="utf-8")
         if ended.exit_code:
@@ -112,8 +123,8 @@ class Bench:
     def prepare(self, fresh: bool = True) -> Timed:
         """The stage as the launcher runs it; `fresh`: without its tokens in the cache."""
         if fresh:
-            shutil.rmtree(self.folder / "cache" / "data", ignore_errors=True)
-        return self._run("prepare", ("-P", "-m", self.job.entrypoint, *self.job.args))
+            shutil.rmtree(self.cache / "data", ignore_errors=True)
+        return self._run("prepare", ("-P", "-m", self.job["entrypoint"], *self.job["args"]))
 
     def alone(self) -> Timed:
         """One `encode_batch` of all texts; says its own seconds and tokens as JSON."""
@@ -121,6 +132,7 @@ class Bench:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("--rows", type=Path, required=True, help="a JSON array of rows, such as alpaca_en_demo.json")
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
@@ -137,6 +149,7 @@ def measure(folder: Path, source: Path, repeat: int, times: int) -> Iterator[str
     yield f"| {NUM_ROWS:,} rows, packed to {LENGTH} | seconds | rows/s | whole process, s | memory, MB |"
     yield "|---|---|---|---|---|"
     bench = Bench(folder / "rows", source, NUM_ROWS)
+    bench.warm_up()
     rounds = [(bench.alone(), bench.prepare(), bench.prepare(fresh=False)) for _ in range(repeat)]
     alone, fresh, again = zip(*rounds, strict=True)
     limits = [json.loads(one.said.splitlines()[-1])["seconds"] for one in alone]
