@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ _TYPICAL = {
     "trl": "dataset_name use_peft lora_r model_name_or_path dtype max_length assistant_only_loss",
 }
 """Keys by which a file is told apart; the program with most of them it is."""
+_NAMED = {"llamafactory": "LLaMA-Factory", "axolotl": "Axolotl", "swift": "ms-swift", "trl": "TRL"}
 _FLAG_PROGRAMS = {
     "swift": "swift",
     "llamafactory-cli": "llamafactory",
@@ -116,6 +117,15 @@ def _told_by(keys: dict[str, Node], start: Place) -> tuple[str, str]:
         hint = "Name the program: --format " + "|".join(PROGRAMS)
         raise LaunchError(f"{start.source}: whose settings these are cannot be told from its keys", hint)
     return best[1], f"the keys {', '.join(best[2][:4])}"
+
+
+def written_for(keys: Collection[str]) -> tuple[str, list[str]] | None:
+    """(program, the keys that say so) of YAML that cannot be a recipe; None where fewer than two keys do. Pure."""
+    if not {"method", "data"}.isdisjoint(keys):
+        return None
+    told = {program: [key for key in words.split() if key in keys] for program, words in _TYPICAL.items()}
+    program = max(told, key=lambda name: len(told[name]))
+    return (_NAMED[program], told[program]) if len(told[program]) > 1 else None
 
 
 def flatten(root: dict[str, Node], program: str) -> list[tuple[str, Node]]:

@@ -58,6 +58,7 @@ def load_recipe(path: Path, sets: Sequence[str] = (), elsewhere: Sequence[Path] 
     """
     found = Findings()
     chain = _read_chain(find(str(path)), found)
+    _refuse_foreign(chain)
     flags = _read_flags(sets, found)
     tree: Node | None = None
     layers = [shape(node, "", found) for _, node in reversed(chain) if node is not None]
@@ -115,6 +116,20 @@ def _read_chain(path: Path, found: Findings) -> list[tuple[Path, Node | None]]:
         here = _parent(extends, [file for file, _ in chain], found) if extends is not None else None
         found.incomplete = found.incomplete or (extends is not None and here is None)
     return chain
+
+
+def _refuse_foreign(chain: list[tuple[Path, Node | None]]) -> None:
+    """Raises RecipeError for settings of another program: one line, not one for each of their keys."""
+    path, node = chain[0]
+    if node is None or len(chain) > 1:
+        return
+    from .import_formats import written_for
+
+    if told := written_for(node.value.keys()):
+        program, keys = told
+        message = f"these are settings of {program} ({', '.join(keys[:4])}), not a recipe"
+        hint = f"Make a recipe of them: launch recipes import {shown(path)}"
+        raise RecipeError([Problem(f"{shown(path)}:1:1", message, hint)])
 
 
 def _parent(extends: Node, files: list[Path], found: Findings) -> Path | None:

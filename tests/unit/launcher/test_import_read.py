@@ -10,6 +10,7 @@ import pytest
 from launcher.errors import RecipeError
 from launcher.import_python import PythonConfig, Symbol, Unreadable, read_python
 from launcher.import_read import read_commands, read_json, read_yaml
+from launcher.recipe import load_recipe
 from launcher.recipe_yaml import Place
 
 START = Place("x", 1, 1, Path("/nowhere"))
@@ -163,3 +164,28 @@ def test_sums_of_whole_numbers_are_calculated(text: str) -> None:
 def test_an_open_quote_is_an_error() -> None:
     with pytest.raises(RecipeError, match="x:1:1: not a shell command"):
         read_commands("swift sft --system 'open\n", START)
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ntemplate: qwen\n", "LLaMA-Factory"),
+        ("base_model: m\nadapter: lora\ndatasets: []\n", "Axolotl"),
+        ("model: m\ntrain_type: lora\nsplit_dataset_ratio: 0\n", "ms-swift"),
+        ("model_name_or_path: m\nuse_peft: true\ndataset_name: d\n", "TRL"),
+    ],
+)
+def test_settings_of_another_program_in_place_of_a_recipe(tmp_path: Path, text: str, program: str) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert f"{path}:1:1: these are settings of {program} (" in str(caught.value)
+    assert f"launch recipes import {path}" in str(caught.value)
+
+
+def test_a_recipe_with_a_key_of_another_program_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: random:.\nmethod: full\ndata: a.jsonl\nstage: sft\ntemplate: qwen\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="unknown key `stage`"):
+        load_recipe(path)
