@@ -56,6 +56,11 @@ FINDINGS = {
         "the model reads it as a control token: an answer ends there, or a turn is faked",
         "launch data replace takes it out; for text that is meant to hold them, raise the limit.",
     ),
+    "placeholders": Finding(
+        "rows with a text in double braces, such as {{name}}", "rows", 0.05,
+        "a template of rows that was not filled in: the model learns to say the braces",
+        "Fill them in: launch data replace. For text about templates, raise the limit.",
+    ),
     "damaged-text": Finding(
         "rows with text that was decoded wrongly once (\ufffd, 锟斤拷, Ã©, â€™)", "rows", 0.01,
         "the model learns to write it; scraped text always holds a little", "Make the file again from its source, as UTF-8.",

@@ -26,7 +26,7 @@ from .token_encoder import TokenEncoder
 
 FINDINGS = (
     "unreadable-files", "malformed", "order", "refused", "empty-answers", "nothing-to-learn", "special-tokens",
-    "damaged-text", "duplicates", "over-length", "truncated", "dropped", "endless-answers", "unseen-system",
+    "placeholders", "damaged-text", "duplicates", "over-length", "truncated", "dropped", "endless-answers", "unseen-system",
 )  # fmt: skip
 """All that is looked for, in the order in which it is shown; what each means stands in launcher/data_check.py."""
 MAX_PLACES = 5
@@ -34,6 +34,8 @@ END_WITHIN = 8
 """An answer ends if one of its last tokens is an end: some templates have it learn a line end behind."""
 _DAMAGED = re.compile("\ufffd|锟斤拷|ï»¿|Ã[\u0080-\u00bf]|â€[\u0080-\u00bf™œ˜“”\u2019\u2018¦]")
 """What texts hold that were decoded wrongly once: the replacement character, it as GBK, UTF-8 read as Latin-1 or cp1252."""
+_PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z_]\w* ?\}\}")
+"""What LLaMA-Factory's identity.json has for names, to be filled in before training."""
 NUM_SYSTEMS = 8
 """System prompts of training that are remembered, to be compared as the template shows them."""
 
@@ -122,7 +124,8 @@ class Checker:
         texts = [(f"turn {k}", m.content) for k, m in enumerate(row.messages, start=1)]
         if row.text is not None:
             texts = [("text", row.text)]
-        for name, pattern in (("special-tokens", self._special), ("damaged-text", _DAMAGED)):
+        looked_for = {"special-tokens": self._special, "placeholders": _PLACEHOLDER, "damaged-text": _DAMAGED}
+        for name, pattern in looked_for.items():
             hit = next(((where, m) for where, text in texts if (m := pattern.search(text))), None)
             if hit:
                 where, match = hit

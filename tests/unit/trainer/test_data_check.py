@@ -124,6 +124,16 @@ def test_special_tokens_inside_texts(check: Check) -> None:
     assert only(check({"text": "a<|endoftext|>b"}), special_tokens=1)["special_tokens"][0][1].startswith("text holds")
 
 
+def test_placeholders_that_were_not_filled_in(check: Check) -> None:
+    places = only(
+        check(chat("a", "I am {{name}}."), chat("c", "{x} {{1}} }} {{"), chat("e", "by {{ author }}")), placeholders=2
+    )
+    assert places["placeholders"] == [
+        ("1", "turn 2 holds '{{name}}', in 'I am {{name}}.'"),
+        ("3", "turn 2 holds '{{ author }}', in 'by {{ author }}'"),
+    ]
+
+
 @pytest.mark.parametrize(
     "text", ["caf\ufffd", "锟斤拷", "café".encode().decode("latin-1"), "it’s".encode().decode("cp1252")]
 )
