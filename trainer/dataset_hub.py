@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .modelscope_hub import download
 from .spec import EXIT_RETRY, DataFile, TrainError
 
 OTHER_SOURCES = (
@@ -21,7 +22,7 @@ def fetch(source: DataFile) -> list[Path]:
     from datasets.exceptions import DatasetsError
 
     # load_dataset takes a folder as it takes an id; it never runs a dataset's own script (datasets >= 4).
-    place = source.path if source.kind == "hub" else _modelscope_folder(source.path)
+    place = source.path if source.kind == "hub" else str(download("dataset", source.path, "its id"))
     name = f"{source.path}{f':{source.subset}' if source.subset else ''}, split {source.split}"
     try:
         found = datasets.load_dataset(place, source.subset or None, split=source.split)
@@ -49,32 +50,3 @@ def _no_network(name: str) -> TrainError:
     return TrainError(
         f"the Hub cannot be reached for the dataset {name}", f"Check the network. {OTHER_SOURCES}", EXIT_RETRY
     )
-
-
-def _modelscope_folder(name: str) -> str:
-    """The dataset's files, as ModelScope's own cache holds them."""
-    try:
-        from modelscope import dataset_snapshot_download  # pyright: ignore[reportMissingImports]
-        from modelscope.hub import errors  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise TrainError(
-            f"{name} comes from ModelScope, and the package `modelscope` is not installed",
-            "Install it: pip install modelscope",
-        ) from e
-    try:
-        return dataset_snapshot_download(name)
-    except (errors.NotExistError, errors.InvalidParameter, errors.NotLoginException, ValueError) as e:
-        raise TrainError(
-            f"ModelScope does not give out the dataset {name}: {e}",
-            "Check the spelling of its id; a private dataset needs `modelscope login`.",
-        ) from e
-    except (
-        errors.RequestError,
-        errors.FileDownloadError,
-        errors.FileIntegrityError,
-        ConnectionError,
-        TimeoutError,
-    ) as e:
-        raise TrainError(
-            f"the dataset {name} could not be downloaded from ModelScope: {e}", "Try again later.", EXIT_RETRY
-        ) from e

@@ -13,6 +13,7 @@ from typing import Any
 
 from .disk import new_folder, read_json, write_json
 from .model_folder import TOKENIZER_FILES, has_vocabulary, read_config, stored_tensors, tokenizer_files
+from .modelscope_hub import download
 from .spec import EXIT_RETRY, EXIT_USER, ModelSpec, TrainError
 
 CONVERTER_VERSION = 1
@@ -122,42 +123,10 @@ def _no_network(name: str, offline: bool) -> TrainError:
 
 
 def _from_modelscope(model: ModelSpec) -> Path:
-    try:
-        from modelscope import snapshot_download  # pyright: ignore[reportMissingImports]
-        from modelscope.hub import errors  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise TrainError(
-            f"{model.location} comes from ModelScope, and the package `modelscope` is not installed",
-            "Install it: pip install modelscope",
-        ) from e
     # ModelScope calls its default branch master; "main" is what a recipe says when it says nothing.
     revision = {} if model.revision == "main" else {"revision": model.revision}
-    try:
-        found = snapshot_download(
-            model.location, allow_patterns=ALLOWED_PATTERNS, ignore_patterns=IGNORED_PATTERNS, **revision
-        )
-    except (
-        errors.NotExistError,
-        errors.NoValidRevisionError,
-        errors.InvalidParameter,
-        errors.NotLoginException,
-        ValueError,
-    ) as e:
-        raise TrainError(
-            f"ModelScope does not give out {model.location}: {e}",
-            "Check the spelling of model.source and model.revision; a private model needs `modelscope login`.",
-        ) from e
-    except (
-        errors.RequestError,
-        errors.FileDownloadError,
-        errors.FileIntegrityError,
-        ConnectionError,
-        TimeoutError,
-    ) as e:
-        raise TrainError(
-            f"{model.location} could not be downloaded from ModelScope: {e}", "Try again later.", EXIT_RETRY
-        ) from e
-    return Path(found)
+    patterns = {"allow_patterns": ALLOWED_PATTERNS, "ignore_patterns": IGNORED_PATTERNS}
+    return download("model", model.location, "model.source and model.revision", **patterns, **revision)
 
 
 def _from_gguf(model: ModelSpec) -> Path:

@@ -59,7 +59,7 @@ def test_without_network(monkeypatch, tmp_path):
 def test_modelscope(repository, monkeypatch):
     kinds = types.ModuleType("modelscope.hub.errors")
     names = (
-        "NotExistError", "InvalidParameter", "NotLoginException", "RequestError", "FileDownloadError", "FileIntegrityError"
+        "NotExistError", "NoValidRevisionError", "InvalidParameter", "NotLoginException", "RequestError", "FileDownloadError", "FileIntegrityError"
     )  # fmt: skip
     for name in names:
         setattr(kinds, name, type(name, (Exception,), {}))
