@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from trainer.spec import DataFile
 from .errors import LaunchError
 from .recipe_yaml import shown
 from .row_forms import FORMS
+from .run_dir import file_of_the_user
 
 MAX_PROBLEMS = 20
 
@@ -45,21 +45,10 @@ def convert(source: str, out: Path, to: str, format: str = "auto", lossy: bool =
     files = (DataFile(os.path.abspath(source), format),)
     found = Converted()
     _tell_unread(files[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", newline="") as f:
-            _write(f, converted_rows(read_rows(files, 0), to, lossy, found), as_array=out.suffix == ".json")
-            f.flush()
-            os.fsync(f.fileno())
+    with file_of_the_user(out) as f:
+        _write(f, converted_rows(read_rows(files, 0), to, lossy, found), as_array=out.suffix == ".json")
         if not found.rows:
             raise LaunchError(f"{to} can hold none of the {found.left_out:,} rows of {source}", "Nothing was written.")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except OSError as e:
-        raise LaunchError(f"cannot write {shown(out)}: {e.strerror}") from e
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return found
 
 

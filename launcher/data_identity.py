@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import LaunchError
 from .recipe_library import shipped_folder
-from .run_dir import write_atomic
+from .run_dir import file_of_the_user
 
 LANGUAGES = {
     "en": ("Wren", ("The Tunelaunch team", "the Tunelaunch team")),
@@ -41,8 +41,8 @@ def write_identity(name: str, author: str, language: str, out: Path) -> int:
                 message["content"] = message["content"].replace(written, author.strip())
             message["content"] = message["content"].replace(shipped_name, name.strip())
         rows.append(json.dumps(row, ensure_ascii=False))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, "\n".join(rows) + "\n")
+    with file_of_the_user(out) as f:
+        f.write("\n".join(rows) + "\n")
     return len(rows)
 
 

@@ -18,7 +18,7 @@ from trainer.spec import EXIT_OK
 
 from .data_stage import run_stage
 from .errors import LaunchError
-from .run_dir import write_atomic
+from .run_dir import file_of_the_user
 from .start import Request
 
 _LEARNT, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
@@ -42,7 +42,8 @@ def preview(request: Request, num_documents: int, first: int, page: Path | None,
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(terminal_page(found, first, color))
     if page is not None:
-        write_atomic(page, html_page(found, first))
+        with file_of_the_user(page) as f:
+            f.write(html_page(found, first))
         print(f"wrote {page}", file=sys.stderr)
     return EXIT_OK
 

@@ -6,9 +6,7 @@ Keys are not touched. A string that changes is written as it was: with escapes w
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import IO
 
 from .errors import LaunchError, Problem, RecipeError
 from .recipe_yaml import shown
+from .run_dir import file_of_the_user
 
 MAX_PROBLEMS = 20
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"(?P<colon>\s*:)?')
@@ -39,24 +38,13 @@ def replace(source: Path, out: Path, pairs: Sequence[tuple[str, str]]) -> Replac
     """
     _check(source, out, pairs)
     change = _replacer(pairs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", newline="") as f:
-            found = _write_lines(source, f, change) if source.suffix == ".jsonl" else _write_whole(source, f, change)
-            f.flush()
-            os.fsync(f.fileno())
+    with file_of_the_user(out) as f:
+        found = _write_lines(source, f, change) if source.suffix == ".jsonl" else _write_whole(source, f, change)
         if not found.replacements:
             olds = ", ".join(repr(old) for old, _ in pairs)
             raise LaunchError(
                 f"{shown(source)}: no string has {olds} in it", "Nothing was written. Keys are not searched."
             )
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except OSError as e:
-        raise LaunchError(f"cannot write {shown(out)}: {e.strerror}") from e
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return found
 
 

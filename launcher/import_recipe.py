@@ -19,6 +19,7 @@ from .import_xtuner import map_xtuner
 from .recipe import load_recipe, recipe_text
 from .recipe_schema import SHORT_FORMS, Recipe
 from .recipe_yaml import Node, shown
+from .run_dir import file_of_the_user
 
 _REFUSED_COMMANDS = ("rlhf", "dpo", "grpo", "kto", "reward")
 _STRICT = {
@@ -71,8 +72,8 @@ def import_recipe(source: Path, program: str = "", out: Path | None = None) -> I
 
 def write(imported: Imported) -> list[Problem]:
     """Writes the recipe, and returns what `launch recipes check` says against it (nothing: it is ready)."""
-    imported.out.parent.mkdir(parents=True, exist_ok=True)
-    imported.out.write_text(imported.text, encoding="utf-8")
+    with file_of_the_user(imported.out) as f:
+        f.write(imported.text)
     try:
         load_recipe(imported.out)
     except RecipeError as e:

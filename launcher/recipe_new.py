@@ -21,6 +21,7 @@ from .model_families import FAMILIES, Family, recipe_targets, refusals_of
 from .model_layers import ModelFacts
 from .model_source import SourceRef, resolve_source
 from .recipe_yaml import shown
+from .run_dir import file_of_the_user
 
 METHODS = ("full", "lora", "qlora")
 DEFAULT_MEMORY_GB = 24.0
@@ -263,11 +264,8 @@ def _checked(target: Path, text: str) -> str:
     from .recipe_model import check_model
 
     assert text.count("\n") <= MAX_LINES
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise LaunchError(f"cannot write {shown(target)}: {e.strerror}", "Choose another place with --out.") from None
+    with file_of_the_user(target) as f:
+        f.write(text)
     try:
         problems = check_model(load_recipe(target)).problems
         if problems:

@@ -7,13 +7,17 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainer.spec import PathsSpec
 
 from .errors import LaunchError
+
+ANOTHER_PLACE = "Choose another place with --out."
 
 
 def new_run_id(name: str, now: time.struct_time | None = None) -> str:
@@ -160,22 +164,43 @@ class RunDir:
         )
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Temporary name, fsync, rename: readers see the old content or the new, never a part. Raises LaunchError on a full disk."""
+@contextmanager
+def file_of_the_user(path: Path) -> Iterator[IO[str]]:
+    """`new_content` of a file that --out names; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise LaunchError(f"cannot write {path}: {e.strerror}", ANOTHER_PLACE) from None
+    with new_content(path, ANOTHER_PLACE) as f:
+        yield f
+
+
+@contextmanager
+def new_content(path: Path, hint: str) -> Iterator[IO[str]]:
+    """A UTF-8 file that becomes `path` once the block ends without an error: readers see the old content or the new, never a part.
+
+    Temporary name, fsync, rename. Raises LaunchError where it cannot be written.
+    """
+    temporary = ""
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        with os.fdopen(fd, "w", encoding="utf-8", newline="") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except OSError as e:
-        raise LaunchError(f"cannot write {path}: {e.strerror}", "Free some space, or give another --run-dir.") from None
+        raise LaunchError(f"cannot write {path}: {e.strerror}", hint) from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """`text` as the new content of `path`. Raises LaunchError on a full disk."""
+    with new_content(path, "Free some space, or give another --run-dir.") as f:
+        f.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -36,7 +36,7 @@ def load_map(text: str) -> Callable[[Any], list[Any]]:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except Exception as e:  # the user's own code: whatever it raises is told with its line
         del sys.modules[module_name]
         raise TrainError(f"map: {path} cannot be loaded: {_told(e, path)}", HINT) from e
     function = getattr(module, name, None)
@@ -49,7 +49,7 @@ def load_map(text: str) -> Callable[[Any], list[Any]]:
     def rows_of(row: Any) -> list[Any]:
         try:
             made = function(row)
-        except Exception as e:
+        except Exception as e:  # as above, and with the row
             raise RowError(f"map: {name} failed: {_told(e, path)}", HINT) from e
         if made is None:
             return []

@@ -22,6 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_what_the_table_says_works_trains(runs: Runs, cell: dict[str, str]) -> None:
+    """`check` asserts steps, losses, skipped steps and samples."""
     check(runs, cell)
 
 

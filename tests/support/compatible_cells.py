@@ -102,6 +102,17 @@ def exact(cell: Cell) -> Cell:
     return {**plain(cell), "zero": "0", "dtype": "fp32"}
 
 
+def scaled_alike(cell: Cell) -> Cell:
+    """`plain`, in which fp16 has to skip the same steps.
+
+    In one process ZeRO 1 reduces the sum of the micro batches in fp16, and 2 and 3 each of them, so that stage 1 overflows at
+    half the loss scale. With DeepSpeed's communication_data_type fp32 it skips what they skip. Two processes have no second
+    micro batch here.
+    """
+    each = cell["dtype"] == "fp16" and cell["processes"] == "1" and cell["zero"] in ("2", "3")
+    return {**plain(cell), "zero": "2"} if each else plain(cell)
+
+
 @dataclass(frozen=True)
 class Runs:
     """Cells that were carried out."""
@@ -117,7 +128,7 @@ class Runs:
 
 def run_cells(folder: Path, wanted: Iterable[Cell]) -> Runs:
     """Two steps of each, and of those that they are compared with; a process takes many, one after the other."""
-    cells = {name_of(c): c for cell in wanted for c in (cell, plain(cell), exact(cell))}
+    cells = {name_of(c): c for cell in wanted for c in (cell, plain(cell), exact(cell), scaled_alike(cell))}
     lines = [{"role": "assistant", "content": "a b " * (1 + 5 * (i % 3))} for i in range(12)]
     rows = [{"messages": [{"role": "user", "content": "q" * (i % 4 + 1)}, line]} for i, line in enumerate(lines)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
@@ -143,7 +154,7 @@ def check(runs: Runs, cell: Cell) -> None:
         assert loss == pytest.approx(alone[step], rel=TOLERANCE[cell["dtype"]]), f"{name_of(cell)}, step {step}"
         if not any(before < step for before in runs.skipped[name_of(cell)]):
             assert loss == pytest.approx(whole[step], rel=ROUNDING), f"{name_of(cell)}, step {step}, against fp32"
-    assert runs.skipped[name_of(cell)] == runs.skipped[name_of(plain(cell))]
+    assert runs.skipped[name_of(cell)] == runs.skipped[name_of(scaled_alike(cell))]
     assert cell["dtype"] == "fp16" or not runs.skipped[name_of(cell)]
     assert runs.samples[name_of(cell)] == ([0, 1, 2] if cell["generation"] == "on" else [])
 

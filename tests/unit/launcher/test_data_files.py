@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.commands import ROOT, Launch
 
 from launcher.data_identity import write_identity
 from launcher.data_replace import replace
@@ -89,3 +90,33 @@ def test_nothing_is_written_when_something_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="not UTF-8"):
         replace(source, tmp_path / "out.jsonl", [("a", "b")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "in.jsonl"]
+
+
+@pytest.mark.parametrize("flags", ["identity", "replace", "convert", "import", "new"])
+def test_an_out_that_cannot_be_written_is_said(flags: str, tmp_path: Path, launch: Launch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    out = f"{rows}/x/out.{'yaml' if flags in ('import', 'new') else 'jsonl'}"
+    argv = {
+        "identity": ["data", "identity", "--name", "Ada", "--author", "Lab", "--out", out],
+        "replace": ["data", "replace", str(rows), out, "--old", "a", "--new", "c"],
+        "convert": ["data", "convert", str(rows), out, "--to", "messages"],
+        "import": ["recipes", "import", str(ROOT / "tests/golden/imports/trl/sft.yaml"), "--out", out],
+        "new": [
+            "recipes",
+            "new",
+            "--model",
+            "Qwen/Qwen2.5-0.5B-Instruct",
+            "--method",
+            "lora",
+            "--data",
+            str(rows),
+            "--out",
+            out,
+        ],
+    }[flags]
+    done = launch(*argv, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Choose another place with --out." in done.stderr
+    assert list(tmp_path.iterdir()) == [rows]

@@ -240,6 +240,7 @@ def test_a_system_prompt_that_training_never_saw(check: Check) -> None:
 
 
 def test_a_template_that_adds_the_same_system_prompt_by_itself(check: Check, template: ChatTemplate) -> None:
+    """`only` asserts which findings there are."""
     adding = ChatTemplate(
         template.tokenizer,
         "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nDefault<|im_end|>\n{% endif %}"
