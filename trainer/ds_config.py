@@ -53,6 +53,7 @@ def deepspeed_config(model: ModelSpec, optim: OptimSpec, parallel: ParallelSpec)
     elif model.dtype == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
     if model.dtype != "fp32" and parallel.zero_stage > 0:
-        # Micro batches are added up in fp32: 16 bits lose the small ones. Stage 0 knows no other dtype than the model's.
+        # Micro batches are added up in fp32: 16 bits lose the small ones. Stage 0 knows no other dtype than the model's, and stage 2
+        # with offload keeps to it too (DeepSpeed 0.19.8, accumulated_grads_in_cpu).
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

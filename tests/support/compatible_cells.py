@@ -105,12 +105,14 @@ def exact(cell: Cell) -> Cell:
 def scaled_alike(cell: Cell) -> Cell:
     """`plain`, in which fp16 has to skip the same steps.
 
-    In one process ZeRO 1 reduces the sum of the micro batches in fp16, and 2 and 3 each of them, so that stage 1 overflows at
-    half the loss scale. With DeepSpeed's communication_data_type fp32 it skips what they skip. Two processes have no second
-    micro batch here.
+    DeepSpeed 0.19.8 adds up the micro batches of one process in fp16 before it looks at them under ZeRO 1 (reduced as one) and
+    under ZeRO 2 with offload (accumulated_grads_in_cpu has the dtype of the weights): their sum overflows at half the loss
+    scale. ZeRO 2 without offload and ZeRO 3 look at each. With communication_data_type fp32 stage 1 skips what they skip. Two
+    processes have one micro batch each here.
     """
-    each = cell["dtype"] == "fp16" and cell["processes"] == "1" and cell["zero"] in ("2", "3")
-    return {**plain(cell), "zero": "2"} if each else plain(cell)
+    each = cell["zero"] == "3" or (cell["zero"] == "2" and cell["offload"] == "none")
+    alone = cell["dtype"] == "fp16" and cell["processes"] == "1"
+    return {**plain(cell), "zero": "2"} if each and alone else plain(cell)
 
 
 @dataclass(frozen=True)
